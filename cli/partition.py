@@ -1,0 +1,141 @@
+"""``graphsplit partition``."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from graphsplit._api import Partition
+from graphsplit.bundle import PartitionBundle, save, without_weights
+from graphsplit.cli import console
+from graphsplit.cli.common import (
+    Asked,
+    Entry,
+    Force,
+    Inputs,
+    Json,
+    K,
+    Model,
+    Opened,
+    Outputs,
+    Start,
+    Verbose,
+    open_model,
+    refuse_taken,
+)
+from graphsplit.errors import VerificationError
+from graphsplit.report import PartitionReport, partition_report
+from graphsplit.verification import Certificate
+
+Out = Annotated[
+    Path, typer.Option("-o", "--out", metavar="FOLDER", help="The bundle to write.", show_default=False)
+]
+Init = Annotated[
+    Start,
+    typer.Option(
+        "--init", help="Weights of the sub-models: slices of the model's, rescaled slices, or fresh ones."
+    ),
+]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Of fresh weights.")]
+NoVerify = Annotated[
+    bool, typer.Option("--no-verify", help="Do not check that the pieces compute what they should.")
+]
+Onnx = Annotated[bool, typer.Option("--onnx", help="Also write every sub-model as ONNX.")]
+Merged = Annotated[bool, typer.Option("--merged", help="Also write the merged model.")]
+
+
+def partition(
+    model: Model,
+    out: Out,
+    k: K = 2,
+    entry: Entry = None,
+    inputs: Inputs = None,
+    keep_output: Outputs = None,
+    init: Init = Start.slice,
+    seed: Seed = 0,
+    no_verify: NoVerify = False,
+    onnx: Onnx = False,
+    merged: Merged = False,
+    force: Force = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Split a model by width into K sub-models, prove it, and write all of it as a bundle."""
+    refuse_taken(out, force=force)
+    progress = console.Progress()
+    opened = open_model(Asked(model, k, entry, inputs, keep_output), progress, init=init, seed=seed)
+    divided = opened.partition
+    with progress.step("slice"):
+        submodels = divided.programs
+    certificate = None if no_verify else _verified(divided, progress, opened.origin, as_json=as_json)
+    with contextlib.ExitStack() as stack:
+        rows: list[dict[str, Any]] = []
+        extra: dict[str, bytes | Path] = {}
+        if onnx:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            rows, extra = _exported(opened, folder, progress, merged=merged)
+        with progress.step("write"):
+            bundle = PartitionBundle(
+                source=without_weights(divided.program),
+                plan=divided.plan,
+                submodels=submodels,
+                merged=divided.merged_program() if merged else None,
+                certificate=None if certificate is None else certificate.to_data(),
+                files=extra,
+            )
+            save(bundle, out, overwrite=force)
+    report = partition_report(divided, certificate, progress.timings)
+    names = sorted(path.name for path in out.iterdir())
+    if as_json:
+        written = {"path": str(out), "files": {name: (out / name).stat().st_size for name in names}}
+        console.json({"origin": opened.origin, **report, "onnx": rows, "written": written})
+    else:
+        _show(report, opened.origin, rows, out, names)
+
+
+def _verified(divided: Partition, progress: console.Progress, origin: str, *, as_json: bool) -> Certificate:
+    """The certificate; where it does not hold it is shown, and nothing is written."""
+    with progress.step("verify"):
+        certificate = divided.verify()
+    if certificate.ok:
+        return certificate
+    if as_json:
+        console.json({"origin": origin, **partition_report(divided, certificate, progress.timings)})
+    else:
+        console.certificate(certificate.to_data())
+    raise VerificationError(
+        "a check of the certificate failed, so nothing was written",
+        hint="please report it with the model; --no-verify writes the bundle all the same",
+    )
+
+
+def _exported(
+    opened: Opened, folder: Path, progress: console.Progress, *, merged: bool
+) -> tuple[list[dict[str, Any]], dict[str, bytes | Path]]:
+    from graphsplit.cli.export import export_all  # ONNX takes seconds to import.
+
+    programs = {f"submodel_{part}.onnx": program for part, program in enumerate(opened.partition.programs)}
+    if merged:
+        programs["merged.onnx"] = opened.partition.merged_program()
+    rows, _ = export_all(programs, folder, opened.example, progress)
+    return rows, {path.name: path for path in sorted(folder.iterdir())}
+
+
+def _show(
+    report: PartitionReport, origin: str, rows: list[dict[str, Any]], out: Path, names: list[str]
+) -> None:
+    console.partition(report, origin)
+    if rows:
+        console.onnx(rows)
+    console.timings(report["timings"])
+    console.files(f"Written to {out}", out, names)
+    weights = " ".join(f"weights_{part}.safetensors" for part in range(min(report["k"], 2)))
+    more = " ..." if report["k"] > 2 else ""
+    console.commands(
+        "Next: train the sub-models, save their state dicts as safetensors, and merge them",
+        [f"graphsplit merge {out} {weights}{more} -o {out.name}-merged"],
+    )

@@ -1,0 +1,26 @@
+"""graphsplit: a compiler that splits neural networks."""
+
+from graphsplit import errors
+from graphsplit._api import Partition, export_onnx, load, partition, save
+from graphsplit.emission import ProgramModule, emit
+from graphsplit.plan import PartitionPlan
+from graphsplit.program import Program
+from graphsplit.tracing import trace
+from graphsplit.verification import Certificate
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Certificate",
+    "Partition",
+    "PartitionPlan",
+    "Program",
+    "ProgramModule",
+    "emit",
+    "errors",
+    "export_onnx",
+    "load",
+    "partition",
+    "save",
+    "trace",
+]

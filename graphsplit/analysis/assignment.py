@@ -1,0 +1,152 @@
+"""From ids to units to sub-models: components, axes, and who goes where."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from graphsplit.analysis.inference import Inference
+from graphsplit.analysis.units import Ids, varying
+
+SHARED_PART = -1
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Units that occur in the same dimensions of the same state tensors.
+
+    Attributes:
+        name: The first dimension they occur in, as ``name[dim]``.
+        size: Number of units.
+        counts: Units of each sub-model; empty where the axis is kept whole because it has fewer units than K.
+        places: State dimensions that hold these units, as ``name[dim]``.
+    """
+
+    name: str
+    size: int
+    counts: tuple[int, ...]
+    places: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Which sub-model each id belongs to, `SHARED_PART` for those of all."""
+
+    part: NDArray[np.int16]
+    axis: NDArray[np.int32]
+    unit: NDArray[np.int32]
+    axes: tuple[Axis, ...]
+
+
+def assign(inference: Inference) -> Assignment:
+    """Divide the units of every axis into K contiguous shares of equal number (up to one).
+
+    Where a share would not be a rectangular slice of some tensor, the units along one of its dimensions are
+    tied and the division is made again.
+    """
+    while True:
+        assignment = _divide(inference)
+        ragged = _ragged(inference, assignment)
+        if not ragged:
+            return assignment
+        for ids in ragged:
+            _tie(inference, ids)
+
+
+def _divide(inference: Inference) -> Assignment:
+    k = inference.k
+    labels = inference.units.components()
+    count = int(labels.max()) + 1
+    signature = np.zeros(count, np.uint64)
+    first = np.full(count, np.iinfo(np.int64).max)
+    random = np.random.default_rng(0)
+    starts: list[int] = []
+    places: list[str] = []
+    position = 0
+    for name, dims in inference.state.items():
+        for dim, ids in enumerate(dims):
+            assert ids is not None
+            if not ids.any():
+                continue
+            units = labels[ids]
+            np.add.at(signature, units, random.integers(1, 2**63, dtype=np.uint64))
+            np.minimum.at(first, units, np.arange(position, position + ids.size))
+            starts.append(position)
+            places.append(f"{name}[{dim}]")
+            position += ids.size
+    part_of_unit = np.full(count, SHARED_PART, np.int16)
+    axis_of_unit = np.full(count, -1, np.int32)
+    present = np.flatnonzero(signature)
+    present = present[present != 0]
+    order = present[np.lexsort((first[present], signature[present]))]
+    bounds = np.flatnonzero(np.diff(signature[order])) + 1
+    groups = [group for group in np.split(order, bounds) if group.size]
+    groups.sort(key=lambda group: int(first[group[0]]))
+    counts: list[tuple[int, ...]] = []
+    for number, group in enumerate(groups):
+        axis_of_unit[group] = number
+        if group.size >= k:
+            shares = np.array_split(group, k)
+            for part, share in enumerate(shares):
+                part_of_unit[share] = part
+            counts.append(tuple(share.size for share in shares))
+        else:
+            counts.append(())
+    members: list[list[str]] = [[] for _ in groups]
+    for name, dims in inference.state.items():
+        for dim, ids in enumerate(dims):
+            assert ids is not None
+            if ids.any():
+                for number in np.unique(axis_of_unit[labels[ids]]):
+                    if number >= 0:
+                        members[number].append(f"{name}[{dim}]")
+    axes = tuple(
+        Axis(places[bisect_right(starts, int(first[group[0]])) - 1], int(group.size), count, tuple(member))
+        for group, count, member in zip(groups, counts, members, strict=True)
+    )
+    return Assignment(part_of_unit[labels], axis_of_unit[labels], labels, axes)
+
+
+def _arrays(inference: Inference) -> Iterator[Ids]:
+    for facts in inference.facts.values():
+        outputs = [facts.outputs] if isinstance(facts.outputs, tuple) else facts.outputs
+        for factors in outputs:
+            yield from factors
+        for ids, _ in (*facts.mixes, *facts.contracts):
+            yield ids
+
+
+def _ragged(inference: Inference, assignment: Assignment) -> list[Ids]:
+    """Factors of which some sub-model's share is no product of index sets."""
+    seen: set[tuple[int, tuple[int, ...]]] = set()
+    found = []
+    for ids in _arrays(inference):
+        if len(varying(ids)) < 2:
+            continue
+        key = (ids.__array_interface__["data"][0], ids.shape)
+        if key in seen:
+            continue
+        seen.add(key)
+        parts = assignment.part[ids]
+        for part in range(inference.k):
+            inside = (parts == part) | (parts == SHARED_PART)
+            product = np.ones_like(inside)
+            for dim in varying(ids):
+                rest = tuple(d for d in range(ids.ndim) if d != dim)
+                product &= inside.any(axis=rest, keepdims=True)
+            if not np.array_equal(product, inside):
+                found.append(ids)
+                break
+    return found
+
+
+def _tie(inference: Inference, ids: Ids) -> None:
+    dims = varying(ids)
+    positions = {dim: inference.units._positions(ids, [dim]) for dim in dims}
+    carriers = [dim for dim in dims if positions[dim] % inference.k == 0]
+    carriers += sorted(dims, key=lambda dim: -positions[dim])
+    inference.units.tie(ids, [dim for dim in dims if dim != carriers[0]])

@@ -1,0 +1,72 @@
+"""What a rule says of one node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from graphsplit.analysis.units import Factors, Ids
+
+if TYPE_CHECKING:
+    from torch import fx
+
+    from graphsplit.analysis.inference import Inference
+
+Path = tuple[int, ...] | str
+"""Place of an operand: position in ``args`` (and in a list argument), or the name of a keyword."""
+
+
+@dataclass(slots=True)
+class Facts:
+    """How units pass through a node.
+
+    Attributes:
+        outputs: Factors of the result; for an op with several results a list of them.
+        expects: Operands that are met by units in a dimension along which they have none themselves: the
+            factors by which each sub-model takes its slice of them.
+        mixes: Factors of operands, with the dimensions over which the op mixes values. Where such a dimension
+            is divided, each sub-model has its own result: a cross-unit op.
+        contracts: The same for weighted sums against a weight that is divided alike: the cross weights are
+            zero, so the full op is the op of all sub-models at once.
+        linear: Operands in which the op is jointly linear (affine), the others being constants.
+        keeps_zero: A result entry is zero wherever the first operand's is.
+        whole: Reason why the units of the operands were kept whole, where there was no better rule.
+    """
+
+    outputs: Factors | list[Factors]
+    expects: dict[Path, Factors] = field(default_factory=dict)
+    mixes: list[tuple[Ids, tuple[int, ...]]] = field(default_factory=list)
+    contracts: list[tuple[Ids, tuple[int, ...]]] = field(default_factory=list)
+    linear: tuple[fx.Node, ...] = ()
+    keeps_zero: bool = False
+    whole: str | None = None
+
+
+Rule = Callable[["Inference", "fx.Node"], Facts]
+RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a rule for ops by name (``"linear.default"``)."""
+
+    def register(function: Rule) -> Rule:
+        for name in names:
+            if name in RULES:
+                raise ValueError(f"two rules for {name}")
+            RULES[name] = function
+        return function
+
+    return register
+
+
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument given by position or keyword."""
+    if len(node.args) > position:
+        return node.args[position]
+    return node.kwargs.get(name, default)
+
+
+def place_of(node: fx.Node, position: int, name: str) -> Path:
+    """Place of an argument that may be given by position or keyword."""
+    return (position,) if len(node.args) > position else name

@@ -1,0 +1,257 @@
+"""Unit inference: one forward walk over the graphs, by the rules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from graphsplit.analysis.facts import RULES, Facts, Path
+from graphsplit.analysis.units import SHARED, Factors, Ids, UnitBuilder, varying
+from graphsplit.errors import InternalError
+from graphsplit.graphs import node_arg
+from graphsplit.program import TRAINING, Dim, Program, TensorMeta, op_name, source_of
+
+aten = torch.ops.aten
+
+
+@dataclass
+class Inference:
+    """Facts about every node of a program for a given K, before anything is assigned to a sub-model.
+
+    Attributes:
+        facts: Per node that is not common.
+        common: Nodes with the same value in all sub-models: it depends on no parameter and no written buffer.
+        data: Nodes that depend on the model's inputs.
+        state: For each parameter or written buffer the ids along each of its dimensions.
+    """
+
+    program: Program
+    k: int
+    units: UnitBuilder
+    facts: dict[fx.Node, Facts] = field(default_factory=dict)
+    common: set[fx.Node] = field(default_factory=set)
+    data: set[fx.Node] = field(default_factory=set)
+    state: dict[str, list[Ids | None]] = field(default_factory=dict)
+    own: set[str] = field(default_factory=set)
+
+    # -- what rules ask for ----------------------------------------------------------------------------------
+
+    def shape(self, node: fx.Node) -> tuple[int, ...]:
+        """Sizes of a node's tensor in the traced example."""
+        value = node.meta["value"]
+        assert isinstance(value, TensorMeta), node
+        return value.shape
+
+    def factors(self, node: Any) -> Factors:
+        """Factors of an operand: none for constants and common values, fresh ids for a parameter seen first.
+
+        Factors that were shared are left out, so that they hold nothing else together.
+        """
+        if not isinstance(node, fx.Node) or node in self.common:
+            return ()
+        if node.op == "get_attr":
+            found = self._state_factors(node)
+        else:
+            outputs = self.facts[node].outputs
+            assert isinstance(outputs, tuple), node
+            found = outputs
+        return tuple(ids for ids in found if not self.units.is_shared(ids))
+
+    def _state_factors(self, node: fx.Node) -> Factors:
+        dims = self.state[str(node.target)]
+        for dim, size in enumerate(self.shape(node)):
+            if size > 1 and dims[dim] is None:
+                dims[dim] = self.units.fresh(size)
+        return self.known_factors(node)
+
+    def known_factors(self, node: fx.Node) -> Factors:
+        """Factors of a state tensor as far as its dimensions have been set."""
+        return state_factors(self.state[str(node.target)], self.shape(node))
+
+    def unset(self, node: Any, dim: int) -> bool:
+        """True for a dimension of a state tensor that nothing has been said of yet."""
+        return (
+            isinstance(node, fx.Node)
+            and node.op == "get_attr"
+            and node not in self.common
+            and self.state[str(node.target)][dim] is None
+            and self.shape(node)[dim] > 1
+        )
+
+    def adopt(self, node: fx.Node, dim: int, ids: Ids | None) -> None:
+        """Give a dimension of a state tensor the ids ``[size]`` that it meets; None shares it."""
+        dims = self.state[str(node.target)]
+        size = self.shape(node)[dim]
+        if size == 1:
+            return
+        if ids is None:
+            ids = np.zeros(size, np.int64)
+        known = dims[dim]
+        if known is None:
+            dims[dim] = ids.reshape(size)
+        else:
+            self.units.couple(known, ids.reshape(size))
+
+    def is_common(self, node: Any) -> bool:
+        """True for an operand that is the same in all sub-models: constants, and values of inputs alone."""
+        return not isinstance(node, fx.Node) or node in self.common
+
+    def share(self, node: Any) -> None:
+        """Keep all units of an operand whole."""
+        for ids in self.factors(node):
+            self.units.share(ids)
+
+    # -- the walk --------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Walk over all graphs and fill in the facts."""
+        writes = [node for node in self.program.nodes() if node.target is aten.copy_.default]
+        running = {name for node in self.program.nodes() for name in running_statistics(node)}
+        self.own = {n for n, e in self.program.state.items() if e.kind == "parameter"} | running
+        # A written buffer is common if what is written is (a counter is, an average of activations is not).
+        while True:
+            self._mark()
+            written = {str(node_arg(node).target) for node in writes if node.args[1] not in self.common}
+            if written <= self.own:
+                break
+            self.own |= written
+        for name in (name for name in self.program.state if name in self.own):
+            self.state[name] = [None] * self.program.state[name].tensor.dim()
+        for graph in self.program.graphs:
+            for node in graph.nodes:
+                if node.op == "call_function" and node not in self.common:
+                    self.facts[node] = self._apply(node)
+            self._output(graph)
+        for name, dims in self.state.items():
+            shape = self.program.state[name].tensor.shape
+            self.state[name] = [
+                np.zeros(n, np.int64) if d is None else d for d, n in zip(dims, shape, strict=True)
+            ]
+
+    def _mark(self) -> None:
+        self.common.clear()
+        self.data.clear()
+        for node in self.program.nodes():
+            if node.op == "placeholder":
+                self.common.add(node)
+                self.data.add(node)
+            elif node.op == "get_attr":
+                if str(node.target) == TRAINING or str(node.target) not in self.own:
+                    self.common.add(node)
+            else:
+                inputs = node.all_input_nodes
+                if all(item in self.common for item in inputs):
+                    self.common.add(node)
+                # Sizes tell nothing of values: a parameter expanded to the batch is none of the data.
+                if any(item in self.data for item in inputs) and not isinstance(node.meta.get("value"), Dim):
+                    self.data.add(node)
+
+    def _apply(self, node: fx.Node) -> Facts:
+        found = RULES.get(op_name(node))
+        facts = found(self, node) if found else whole(self, node, f"{op_name(node)} has no rule")
+        value = node.meta.get("value")
+        if isinstance(facts.outputs, tuple):
+            facts.outputs = self._clean(node, value, facts.outputs)
+        else:
+            values = value if isinstance(value, tuple) else (value,) * len(facts.outputs)
+            facts.outputs = [
+                self._clean(node, item, factors) for item, factors in zip(values, facts.outputs, strict=True)
+            ]
+        return facts
+
+    def _clean(self, node: fx.Node, value: Any, factors: Factors) -> Factors:
+        """Drop factors that vary nowhere; the one unit of such a value is then in every sub-model."""
+        kept = []
+        for ids in factors:
+            if isinstance(value, TensorMeta) and not _fits(ids, value.shape):
+                raise InternalError(
+                    f"the rule of {op_name(node)} gives a factor {ids.shape} for a result {value.shape}",
+                    where=str(source_of(node)),
+                )
+            if not ids.size:
+                continue  # an empty tensor belongs to nobody
+            if varying(ids):
+                kept.append(ids)
+            elif ids.size and ids.flat[0] != SHARED:
+                self.units.share(ids)
+        return tuple(kept)
+
+    def _output(self, graph: fx.Graph) -> None:
+        """Whatever reaches an output is shared by all sub-models."""
+        for value in output_nodes(graph):
+            if isinstance(value, fx.Node):
+                self.share(value)
+
+
+def _fits(ids: Ids, shape: tuple[int, ...]) -> bool:
+    """A factor has the rank of its tensor, and its sizes or 1."""
+    return ids.ndim == len(shape) and all(n in (1, size) for n, size in zip(ids.shape, shape, strict=True))
+
+
+def whole(inference: Inference, node: fx.Node, reason: str) -> Facts:
+    """Keep the units of all operands whole: every sub-model computes the op just as the original does.
+
+    Always right, never fine: each sub-model then holds a full copy of what is coupled to the operands.
+    """
+    for operand in node.all_input_nodes:
+        inference.share(operand)
+    value = node.meta.get("value")
+    return Facts([() for _ in value] if isinstance(value, tuple) else (), whole=reason)
+
+
+def state_factors(dims: list[Ids | None], shape: tuple[int, ...]) -> Factors:
+    """One factor for each dimension of a state tensor that has units."""
+    return tuple(
+        ids.reshape([-1 if d == dim else 1 for d in range(len(shape))])
+        for dim, ids in enumerate(dims)
+        if ids is not None and shape[dim] > 1 and ids.any()
+    )
+
+
+def running_statistics(node: fx.Node) -> list[str]:
+    """Names of the buffers that a normalisation updates by itself."""
+    if op_name(node) in ("batch_norm.default", "instance_norm.default"):
+        return [
+            str(arg.target) for arg in node.args[3:5] if isinstance(arg, fx.Node) and arg.op == "get_attr"
+        ]
+    return []
+
+
+def output_nodes(graph: fx.Graph) -> tuple[Any, ...]:
+    """The flat values that a graph returns."""
+    output = next(node for node in reversed(graph.nodes) if node.op == "output")
+    values: Any = output.args[0]
+    return tuple(values)
+
+
+def operands(node: fx.Node) -> Iterator[tuple[Path, fx.Node]]:
+    """Tensor operands with their places."""
+    for position, argument in enumerate(node.args):
+        if isinstance(argument, fx.Node):
+            yield (position,), argument
+        elif isinstance(argument, (tuple, list)):
+            for inner, item in enumerate(argument):
+                if isinstance(item, fx.Node):
+                    yield (position, inner), item
+    for name, argument in node.kwargs.items():
+        if isinstance(argument, fx.Node):
+            yield name, argument
+
+
+def infer(program: Program, k: int) -> Inference:
+    """Run unit inference.
+
+    Args:
+        program: What to analyse.
+        k: Number of sub-models; decides which dimension carries the units where there is a choice.
+    """
+    import graphsplit.analysis.rules  # noqa: F401 - registers the rules
+
+    inference = Inference(program, k, UnitBuilder(k))
+    inference.run()
+    return inference

@@ -1,0 +1,119 @@
+"""Layouts: which slice of a tensor each sub-model holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from graphsplit.analysis.assignment import SHARED_PART, Assignment
+from graphsplit.analysis.units import Factors, varying
+from graphsplit.errors import InternalError
+
+Indices = NDArray[np.int64]
+Cut = tuple[Indices, ...]
+"""Sorted indices of one dimension, for each sub-model."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Slices of one tensor.
+
+    Attributes:
+        shape: Sizes in the full model.
+        cuts: For each dimension the indices of each sub-model, or None where all hold all of it.
+        disjoint: No entry is held by two sub-models.
+        factors: Number of independent kinds of units that are divided (2 for a weight between two axes).
+    """
+
+    shape: tuple[int, ...]
+    cuts: tuple[Cut | None, ...]
+    disjoint: bool
+    factors: int
+
+    @property
+    def active(self) -> bool:
+        """True where sub-models hold different slices."""
+        return self.factors > 0
+
+    def local_shape(self, part: int) -> tuple[int, ...]:
+        """Sizes in sub-model ``part``."""
+        return tuple(
+            size if cut is None else cut[part].size for size, cut in zip(self.shape, self.cuts, strict=True)
+        )
+
+    def same_cuts(self, other: Layout) -> bool:
+        """True where both cut the same dimensions in the same way."""
+        return len(self.cuts) == len(other.cuts) and all(
+            a is b
+            or (
+                a is not None
+                and b is not None
+                and all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+            )
+            for a, b in zip(self.cuts, other.cuts, strict=True)
+        )
+
+
+class Layouts:
+    """Computes layouts from factors, and remembers them."""
+
+    def __init__(self, assignment: Assignment, k: int) -> None:
+        self.assignment = assignment
+        self.k = k
+        self._cuts: dict[tuple[int, tuple[int, ...], tuple[int, ...]], dict[int, Cut] | None] = {}
+        self._keep: list[Factors] = []
+
+    def of(self, shape: tuple[int, ...], factors: Factors) -> Layout:
+        """Layout of a tensor.
+
+        Raises:
+            InternalError: A sub-model's share is not a rectangular slice.
+        """
+        cuts: list[Cut | None] = [None] * len(shape)
+        active = 0
+        disjoint = False
+        self._keep.append(factors)
+        for ids in factors:
+            found = self._factor(ids)
+            if not found:
+                continue
+            active += 1
+            for dim, cut in found.items():
+                if ids.shape[dim] != shape[dim]:
+                    raise InternalError(f"a factor of shape {ids.shape} for a tensor of shape {shape}")
+                known = cuts[dim]
+                cuts[dim] = cut if known is None else tuple(
+                    np.intersect1d(a, b) for a, b in zip(known, cut, strict=True)
+                )  # fmt: skip
+            parts = self.assignment.part[ids]
+            disjoint |= not bool((parts == SHARED_PART).any())
+        return Layout(shape, tuple(cuts), disjoint, active)
+
+    def _factor(self, ids: np.ndarray) -> dict[int, Cut] | None:
+        key = (ids.__array_interface__["data"][0], ids.shape, ids.strides)
+        if key not in self._cuts:
+            self._cuts[key] = self._compute(ids)
+        return self._cuts[key]
+
+    def _compute(self, ids: np.ndarray) -> dict[int, Cut] | None:
+        parts = self.assignment.part[ids]
+        if self.k == 1 or bool((parts == SHARED_PART).all()):
+            return None
+        cuts: dict[int, Cut] = {}
+        dims = varying(ids)
+        inside = [(parts == part) | (parts == SHARED_PART) for part in range(self.k)]
+        for dim in dims:
+            rest = tuple(d for d in range(ids.ndim) if d != dim)
+            lines = [mask.any(axis=rest) for mask in inside]
+            if not all(bool(line.all()) for line in lines):
+                cuts[dim] = tuple(np.flatnonzero(line) for line in lines)
+        return cuts
+
+    def active_along(self, ids: np.ndarray, dims: tuple[int, ...]) -> bool:
+        """True where the entries along ``dims`` belong to different sub-models."""
+        if not dims or self.k == 1:
+            return False
+        parts = self.assignment.part[ids]
+        return bool((parts.max(axis=dims) != parts.min(axis=dims)).any())

@@ -1,0 +1,125 @@
+"""Pooling, resampling and padding: each channel by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import fx
+
+from graphsplit.analysis.facts import Facts, argument, rule
+from graphsplit.analysis.inference import Inference, whole
+from graphsplit.analysis.units import SHARED, Factors, Ids, varying
+from graphsplit.graphs import base_name, node_arg
+
+
+def _spatial_dims(node: fx.Node) -> int:
+    """Number of dimensions that an op runs over, from its name: 2 for ``max_pool2d``."""
+    return next(int(digit) for digit in base_name(node) if digit.isdigit())
+
+
+def _spatial(inference: Inference, node: fx.Node, count: int) -> tuple[Factors, bool]:
+    """Factors of the first operand, and whether none varies along its last ``count`` dimensions."""
+    x = node_arg(node)
+    rank = len(inference.shape(x))
+    factors = inference.factors(x)
+    return factors, all(ids.shape[dim] == 1 for ids in factors for dim in range(rank - count, rank))
+
+
+@rule(
+    *(f"{kind}{n}d.default" for kind in ("max_pool", "avg_pool", "adaptive_avg_pool") for n in (1, 2, 3)),
+    "lp_pool1d.default", "lp_pool2d.default", "reflection_pad1d.default", "reflection_pad2d.default",
+    "replication_pad1d.default", "replication_pad2d.default", "upsample_linear1d.vec",
+    "upsample_bilinear2d.vec", "upsample_nearest1d.vec", "upsample_nearest2d.vec", "upsample_nearest3d.vec",
+    "upsample_trilinear3d.vec", "upsample_bicubic2d.vec", "_upsample_bicubic2d_aa.vec",
+    "_upsample_bilinear2d_aa.vec", "upsample_nearest2d.default", "upsample_bilinear2d.default",
+)  # fmt: skip
+def pool(inference: Inference, node: fx.Node) -> Facts:
+    """Windows over the last one, two or three dimensions."""
+    name = base_name(node)
+    count = _spatial_dims(node)
+    factors, free = _spatial(inference, node, count)
+    x = node_arg(node)
+    linear = () if name.startswith(("max", "lp", "adaptive_max")) else (x,)
+    if free:
+        return Facts(factors, linear=linear)
+    found = _across_channels(inference, node, factors, count)
+    if found is not None:
+        return found
+    rank = len(inference.shape(x))
+    for ids in factors:
+        if any(dim >= rank - count for dim in varying(ids)):
+            inference.units.share(ids)
+    return Facts(inference.factors(x), linear=linear, whole="a pooling window runs over units")
+
+
+@rule(
+    "max_pool1d_with_indices.default", "max_pool2d_with_indices.default", "adaptive_max_pool1d.default",
+    "adaptive_max_pool2d.default", "adaptive_max_pool3d.default",
+)  # fmt: skip
+def pool_with_indices(inference: Inference, node: fx.Node) -> Facts:
+    """Values and positions."""
+    factors, free = _spatial(inference, node, _spatial_dims(node))
+    return Facts([factors, factors]) if free else whole(inference, node, "a pooling window runs over units")
+
+
+def _across_channels(inference: Inference, node: fx.Node, factors: Factors, count: int) -> Facts | None:
+    """Average pooling with stride 1 along padded units, as in local response normalisation across channels.
+
+    A sub-model pads and pools its own slice. The padding stands at the ends with the id of what is shared.
+    """
+    x = node_arg(node)
+    rank = len(inference.shape(x))
+    kernel: Any = argument(node, 1, "kernel_size")
+    stride: Any = argument(node, 2, "stride", None) or kernel
+    padding: Any = argument(node, 3, "padding", 0)
+    if not base_name(node).startswith("avg_pool"):
+        return None
+    sizes, strides, paddings = (_each(value, count) for value in (kernel, stride, padding))
+    facts = Facts(())
+    outputs: list[Ids] = []
+    for ids in factors:
+        for place in range(count):
+            dim = rank - count + place
+            if ids.shape[dim] == 1:
+                continue
+            window = sizes[place]
+            line = np.moveaxis(ids, dim, 0)
+            before, after = window // 2, window - 1 - window // 2
+            ends = np.concatenate([line[:before].ravel(), line[line.shape[0] - after :].ravel()])
+            if strides[place] != 1 or paddings[place] != 0 or (ends != SHARED).any():
+                return None
+            facts.mixes.append((ids, (dim,)))
+            ids = np.moveaxis(line[before : line.shape[0] - after], 0, dim)
+        outputs.append(ids)
+    facts.outputs = tuple(outputs)
+    return facts
+
+
+def _each(value: Any, count: int) -> list[int]:
+    if isinstance(value, int):
+        return [value] * count
+    values = list(value)
+    return values * count if len(values) == 1 else values
+
+
+@rule("pad.default", "constant_pad_nd.default")
+def pad(inference: Inference, node: fx.Node) -> Facts:
+    """Padding along units adds entries that are the same in all sub-models."""
+    x = node_arg(node)
+    widths: Any = node.args[1]
+    mode = argument(node, 2, "mode", "constant")
+    constant = "constant_pad" in str(node.target) or mode == "constant"
+    outputs = []
+    for ids in inference.factors(x):
+        amounts = [(0, 0)] * ids.ndim
+        for place in range(len(widths) // 2):
+            dim = ids.ndim - 1 - place
+            if ids.shape[dim] > 1:
+                amounts[dim] = (widths[2 * place], widths[2 * place + 1])
+        if any(amount != (0, 0) for amount in amounts):
+            if not constant or any(min(amount) < 0 for amount in amounts):
+                return whole(inference, node, f"{mode} padding along units")
+            ids = np.pad(ids, amounts, constant_values=SHARED)
+        outputs.append(ids)
+    return Facts(tuple(outputs), keeps_zero=False)

@@ -1,0 +1,132 @@
+"""Reductions, softmax and other ops along a dimension."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from graphsplit.analysis.facts import Facts, argument, rule
+from graphsplit.analysis.inference import Inference, whole
+from graphsplit.analysis.units import Ids, varying
+from graphsplit.graphs import base_name, node_arg, overload_of
+
+LINEAR = {"sum", "mean"}
+
+
+def _dims(value: Any, rank: int) -> list[int]:
+    if value is None or value == []:
+        return list(range(rank))
+    if isinstance(value, int):
+        return [value % max(rank, 1)]
+    return [dim % rank for dim in value]
+
+
+@rule(
+    "sum.default", "mean.default", "amax.default", "amin.default", "max.default", "min.default",
+    "prod.default", "all.default", "any.default", "var.default", "std.default", "argmax.default",
+    "argmin.default", "sum.dim_IntList", "mean.dim", "var.dim", "var.correction", "std.dim", "std.correction",
+    "logsumexp.default", "linalg_vector_norm.default", "norm.ScalarOpt_dim", "norm.Scalar", "all.dim",
+    "any.dim", "prod.dim_int", "nansum.default", "count_nonzero.default",
+)  # fmt: skip
+def reduce(inference: Inference, node: fx.Node) -> Facts:
+    """Dimensions that vanish (or stay with size 1). Along units, each sub-model reduces its own."""
+    x = node_arg(node)
+    shape = inference.shape(x)
+    name = base_name(node)
+    place = {"linalg_vector_norm": 2, "norm": 2}.get(name, 1)
+    takes_dim = len(overload_of(node)._schema.arguments) > 1
+    dim = argument(node, place, "dim") if takes_dim else None
+    if name in ("var", "std") and isinstance(dim, bool):
+        dim = None
+    return _reduced(inference, x, _dims(dim, len(shape)), node.meta["value"].ndim, name)
+
+
+def _reduced(inference: Inference, x: fx.Node, dims: list[int], rank: int, name: str) -> Facts:
+    facts = Facts((), linear=(x,) if name in LINEAR else ())
+    shape = inference.shape(x)
+    outputs: list[Ids] = []
+    for ids in inference.factors(x):
+        ids = inference.units.settle(ids, dims)
+        over = tuple(dim for dim in varying(ids) if dim in dims)
+        if over:
+            facts.mixes.append((ids, over))
+        index = tuple(slice(0, 1) if dim in dims else slice(None) for dim in range(ids.ndim))
+        left = ids[index] if over else ids
+        if rank != len(shape):
+            left = left.reshape([size for dim, size in enumerate(left.shape) if dim not in dims])
+        if varying(left):
+            outputs.append(left)
+    facts.outputs = tuple(outputs)
+    return facts
+
+
+@rule("max.dim", "min.dim", "median.dim", "mode.default")
+def reduce_with_indices(inference: Inference, node: fx.Node) -> Facts:
+    """Values and positions along one dimension."""
+    x = node_arg(node)
+    rank = len(inference.shape(x))
+    values: Any = node.meta["value"]
+    facts = _reduced(inference, x, _dims(argument(node, 1, "dim", -1), rank), values[0].ndim, "max")
+    assert isinstance(facts.outputs, tuple)
+    facts.outputs = [facts.outputs, facts.outputs]
+    return facts
+
+
+@rule(
+    "softmax.int", "log_softmax.int", "_softmax.default", "_log_softmax.default", "cumsum.default",
+    "cumprod.default", "logcumsumexp.default", "softmin.default", "gumbel_softmax.default",
+)  # fmt: skip
+def along(inference: Inference, node: fx.Node) -> Facts:
+    """Each entry depends on the others along one dimension; the shape stays."""
+    x = node_arg(node)
+    rank = len(inference.shape(x))
+    dim = _dims(node.args[1], rank)
+    facts = Facts(())
+    outputs = []
+    for ids in inference.factors(x):
+        ids = inference.units.settle(ids, dim)
+        over = tuple(d for d in varying(ids) if d in dim)
+        if over:
+            facts.mixes.append((ids, over))
+        outputs.append(ids)
+    facts.outputs = tuple(outputs)
+    return facts
+
+
+@rule("sort.default", "sort.stable", "topk.default", "argsort.default")
+def order(inference: Inference, node: fx.Node) -> Facts:
+    """An order along a dimension that holds no units leaves the others as they are."""
+    x = node_arg(node)
+    rank = len(inference.shape(x))
+    name = base_name(node)
+    place = 2 if name == "topk" else 1
+    dim = _dims(argument(node, place, "dim", -1), rank)[0]
+    factors = inference.factors(x)
+    if any(ids.shape[dim] > 1 for ids in factors):
+        return whole(inference, node, f"{name} along units")
+    several = isinstance(node.meta["value"], tuple)
+    return Facts([factors, factors] if several else factors)
+
+
+@rule("cosine_similarity.default")
+def cosine_similarity(inference: Inference, node: fx.Node) -> Facts:
+    """Angle along one dimension: each sub-model has that of its own units."""
+    from graphsplit.analysis.rules.pointwise import align
+
+    a, b = node.args[:2]
+    assert isinstance(a, fx.Node) and isinstance(b, fx.Node)
+    rank = max(len(inference.shape(a)), len(inference.shape(b)))
+    factors, expects = align(inference, rank, [((0,), a), ((1,), b)])
+    dim = int(argument(node, 2, "dim", 1)) % rank
+    facts = Facts((), expects)
+    outputs = []
+    for ids in factors:
+        ids = inference.units.settle(ids, [dim])
+        if ids.shape[dim] > 1:
+            facts.mixes.append((ids, (dim,)))
+        left = ids[tuple(0 if d == dim else slice(None) for d in range(rank))]
+        if varying(left):
+            outputs.append(left)
+    facts.outputs = tuple(outputs)
+    return facts

@@ -1,0 +1,183 @@
+"""Ops that move data without changing it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import fx
+
+from graphsplit.analysis.facts import Facts, argument, rule
+from graphsplit.analysis.inference import Inference
+from graphsplit.analysis.units import Factors, Ids, reshape_ids, varying
+from graphsplit.graphs import int_arg, node_arg
+
+
+def _moved(node: fx.Node, factors: Factors) -> Facts:
+    x = node_arg(node)
+    return Facts(factors, linear=(x,), keeps_zero=True)
+
+
+@rule(
+    "view.default", "reshape.default", "_unsafe_view.default", "flatten.using_ints", "unflatten.int",
+    "squeeze.dim", "squeeze.default", "squeeze.dims", "unsqueeze.default", "view_as.default",
+    "reshape_as.default",
+)  # fmt: skip
+def reshape(inference: Inference, node: fx.Node) -> Facts:
+    """Elements keep their order; sizes are those of the traced example, so every reshape is this one."""
+    x = node_arg(node)
+    before, after = inference.shape(x), node.meta["value"].shape
+    return _moved(node, tuple(reshape_ids(ids, before, after) for ids in inference.factors(x)))
+
+
+@rule("permute.default")
+def permute(inference: Inference, node: fx.Node) -> Facts:
+    """Dimensions in another order."""
+    given: Any = node.args[1]
+    x = node_arg(node)
+    rank = len(inference.shape(x))
+    order = [dim % rank for dim in given]
+    return _moved(node, tuple(np.transpose(ids, order) for ids in inference.factors(x)))
+
+
+@rule("transpose.int", "swapaxes.default", "swapdims.default")
+def transpose(inference: Inference, node: fx.Node) -> Facts:
+    """Two dimensions exchanged."""
+    x, first, second = node.args
+    assert isinstance(first, int) and isinstance(second, int)
+    return _moved(node, tuple(np.swapaxes(ids, first, second) for ids in inference.factors(x)))
+
+
+@rule("t.default", "numpy_T.default", "mT.default", "matrix_H.default", "mH.default", "adjoint.default")
+def transpose_last(inference: Inference, node: fx.Node) -> Facts:
+    """The last two dimensions exchanged."""
+    x = node_arg(node)
+    factors = inference.factors(x)
+    if len(inference.shape(x)) < 2:
+        return _moved(node, factors)
+    return _moved(node, tuple(np.swapaxes(ids, -1, -2) for ids in factors))
+
+
+@rule("movedim.int", "movedim.intlist", "moveaxis.int")
+def movedim(inference: Inference, node: fx.Node) -> Facts:
+    """Dimensions moved to other places."""
+    source: Any
+    destination: Any
+    x, source, destination = node.args
+    return _moved(node, tuple(np.moveaxis(ids, source, destination) for ids in inference.factors(x)))
+
+
+@rule("expand.default")
+def expand(inference: Inference, node: fx.Node) -> Facts:
+    """Broadcast to a shape; new and repeated dimensions have no units."""
+    x = node_arg(node)
+    rank = node.meta["value"].ndim
+    factors = inference.factors(x)
+    return _moved(node, tuple(ids.reshape((1,) * (rank - ids.ndim) + ids.shape) for ids in factors))
+
+
+@rule("repeat.default", "tile.default")
+def repeat(inference: Inference, node: fx.Node) -> Facts:
+    """The whole tensor several times along each dimension."""
+    x = node_arg(node)
+    shape, out = inference.shape(x), node.meta["value"].shape
+    rank = len(out)
+    outputs = []
+    for ids in inference.factors(x):
+        lifted = ids.reshape((1,) * (rank - ids.ndim) + ids.shape)
+        before = (1,) * (rank - len(shape)) + shape
+        times = [out[d] // before[d] if lifted.shape[d] > 1 else 1 for d in range(rank)]
+        outputs.append(np.tile(lifted, times))
+    return _moved(node, tuple(outputs))
+
+
+@rule("repeat_interleave.self_int")
+def repeat_interleave(inference: Inference, node: fx.Node) -> Facts:
+    """Each entry of a dimension several times."""
+    x = node_arg(node)
+    times = int_arg(node, 1)
+    dim = argument(node, 2, "dim")
+    shape = inference.shape(x)
+    outputs: list[Ids] = []
+    for ids in inference.factors(x):
+        if dim is None:
+            full = np.broadcast_to(ids, shape)
+            outputs.append(np.repeat(full.ravel(), times))
+        else:
+            outputs.append(np.repeat(ids, times, axis=dim) if ids.shape[dim] > 1 else ids)
+    return _moved(node, tuple(outputs))
+
+
+@rule("pixel_shuffle.default")
+def pixel_shuffle(inference: Inference, node: fx.Node) -> Facts:
+    """``[N, C r², H, W]`` to ``[N, C, H r, W r]``."""
+    factor = int_arg(node, 1)
+    x = node_arg(node)
+    *lead, channels, height, width = inference.shape(x)
+    apart = (*lead, channels // factor**2, factor, factor, height, width)
+    n = len(lead)
+    order = (*range(n), n, n + 3, n + 1, n + 4, n + 2)
+    moved_shape = tuple(apart[dim] for dim in order)
+    outputs = []
+    for ids in inference.factors(x):
+        taken = reshape_ids(ids, inference.shape(x), apart)
+        # A sub-model shuffles its own channels: the pieces of one output channel stay together.
+        taken = inference.units.settle(taken, [n + 1, n + 2])
+        if taken.shape[n + 1] > 1 or taken.shape[n + 2] > 1:
+            inference.units.share(taken)
+            continue
+        outputs.append(reshape_ids(np.transpose(taken, order), moved_shape, node.meta["value"].shape))
+    return _moved(node, tuple(ids for ids in outputs if varying(ids)))
+
+
+@rule("pixel_unshuffle.default")
+def pixel_unshuffle(inference: Inference, node: fx.Node) -> Facts:
+    """``[N, C, H r, W r]`` to ``[N, C r², H, W]``."""
+    factor = int_arg(node, 1)
+    x = node_arg(node)
+    dim = len(inference.shape(x)) - 3
+    return _moved(node, tuple(np.repeat(ids, factor**2, axis=dim) for ids in inference.factors(x)))
+
+
+@rule("im2col.default")
+def im2col(inference: Inference, node: fx.Node) -> Facts:
+    """``[N, C, H, W]`` to ``[N, C k, L]``: each channel as the k entries of its windows."""
+    x = node_arg(node)
+    kernel: Any = node.args[1]
+    times = kernel[0] * kernel[1]
+    return _moved(node, tuple(np.repeat(ids[..., 0], times, axis=-2) for ids in inference.factors(x)))
+
+
+@rule("col2im.default")
+def col2im(inference: Inference, node: fx.Node) -> Facts:
+    """``[N, C k, L]`` to ``[N, C, H, W]``."""
+    x = node_arg(node)
+    shape = inference.shape(x)
+    kernel: Any = node.args[2]
+    times = kernel[0] * kernel[1]
+    apart = (*shape[:-2], shape[-2] // times, times, shape[-1])
+    outputs = []
+    for ids in inference.factors(x):
+        taken = reshape_ids(ids, shape, apart)
+        tied = inference.units.tie(taken, [len(apart) - 2])
+        outputs.append(tied)
+    return _moved(node, tuple(ids for ids in outputs if varying(ids)))
+
+
+@rule(
+    "new_zeros.default", "new_ones.default", "new_full.default", "new_empty.default", "new_tensor.default",
+)  # fmt: skip
+def new(inference: Inference, node: fx.Node) -> Facts:
+    """A constant that takes only dtype and device from its operand."""
+    return Facts(())
+
+
+@rule("sym_size.int")
+def size(inference: Inference, node: fx.Node) -> Facts:
+    """The size of a dimension that changes with the batch."""
+    x = node_arg(node)
+    dim = int_arg(node, 1)
+    for ids in inference.factors(x):
+        if ids.shape[dim] > 1:
+            inference.units.share(ids)
+    return Facts(())

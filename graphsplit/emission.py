@@ -1,0 +1,192 @@
+"""A `Program` as an ordinary trainable `nn.Module`.
+
+The module holds the program's parameters and buffers under their original names (tied ones under all their
+names) and runs Python code generated from its graphs. It trains, deep-copies, pickles, compiles with
+``torch.compile(fullgraph=True)``, exports again, and moves between devices and dtypes like any module.
+"""
+
+from __future__ import annotations
+
+import linecache
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from graphsplit.program import Mode, Program
+from graphsplit.retarget import place_of, retarget_graph
+from graphsplit.signature import Signature
+
+
+class ProgramModule(nn.Module):
+    """Runs a program. Made by `emit`.
+
+    Attributes:
+        signature: How it is called.
+        program_name: Class name of the model that it comes from.
+    """
+
+    signature: Signature
+
+    def __init__(self, program: Program, *, copy: bool = True) -> None:
+        super().__init__()
+        self.program_name = program.name
+        self.signature = program.signature
+        self._graphs = program.graphs
+        self._runs = tuple(_compile(graph, program.name) for graph in program.graphs)
+        values: dict[str, Tensor] = {}
+        for name, entry in program.ordered_names():
+            if entry.name not in values:
+                tensor = entry.tensor.detach()
+                tensor = tensor.clone() if copy else tensor
+                if entry.kind == "parameter":
+                    tensor = nn.Parameter(tensor, entry.tensor.requires_grad)
+                values[entry.name] = tensor
+            _register(self, name, values[entry.name], persistent=entry.persistent)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Same call as the traced model's."""
+        outputs = self.run_flat(self.signature.flatten(args, kwargs))
+        return self.signature.outputs[0 if self.training else -1].unflatten(outputs)
+
+    def run_flat(self, inputs: Sequence[Tensor]) -> tuple[Any, ...]:
+        """The flat outputs for flat, unchecked inputs, in the order of the graph."""
+        return self._runs[0 if self.training else -1](self, *inputs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ProgramModule:
+        """Move the module; dtypes and devices that stand in its graphs go along."""
+        before = place_of((*self.parameters(), *self.buffers()))
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        after = place_of((*self.parameters(), *self.buffers()))
+        if before is not None and after is not None and before != after:
+            (old_dtype, old_device), (dtype, device) = before, after
+
+            def dtype_of(given: torch.dtype) -> torch.dtype:
+                return dtype if given == old_dtype else given
+
+            moved = device if device != old_device else None
+            self._graphs = tuple(retarget_graph(graph, dtype_of, moved) for graph in self._graphs)
+            self._runs = tuple(_compile(graph, self.program_name) for graph in self._graphs)
+        return self
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph of the present mode. It is the program's: read it, do not edit it."""
+        return self.graph_of("train" if self.training else "eval")
+
+    def graph_of(self, mode: Mode) -> fx.Graph:
+        """The graph that runs in ``mode``."""
+        return self._graphs[0] if mode == "train" else self._graphs[-1]
+
+    @property
+    def code(self) -> str:
+        """Generated Python of the present mode."""
+        return _source(self.graph)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ProgramModule:
+        # Graphs and code are immutable here and shared; everything else is copied as nn.Module does.
+        import copy
+
+        clone = self.__class__.__new__(self.__class__)
+        memo[id(self)] = clone
+        shared = {"signature", "_graphs", "_runs"}
+        clone.__dict__.update(
+            {k: v if k in shared else copy.deepcopy(v, memo) for k, v in self.__dict__.items()}
+        )
+        return clone
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Graphs and signature go as data, which any process can read."""
+        from graphsplit.bundle import program_of
+        from graphsplit.serialization import program_to_data
+
+        state = dict(self.__dict__)
+        del state["_runs"], state["_graphs"], state["signature"]
+        state["_data"] = program_to_data(program_of(self))
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Read what `__getstate__` wrote."""
+        from graphsplit.serialization import program_from_data
+
+        data = state.pop("_data")
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        tensors: dict[str, Tensor] = dict(self.named_parameters(remove_duplicate=False))
+        tensors |= dict(self.named_buffers(remove_duplicate=False))
+        program = program_from_data(data, tensors)
+        self.signature = program.signature
+        self._graphs = program.graphs
+        self._runs = tuple(_compile(graph, self.program_name) for graph in self._graphs)
+
+    def extra_repr(self) -> str:
+        """The model's name and the size of its graphs, for ``print``."""
+        counts = "/".join(str(len(graph.nodes)) for graph in self._graphs)
+        return f"{self.program_name}: {counts} nodes"
+
+
+def emit(program: Program, *, copy: bool = True) -> ProgramModule:
+    """A module that computes the program.
+
+    Args:
+        program: What to emit.
+        copy: Own the tensors (the default) or share memory with the program's.
+
+    Returns:
+        A module in train mode, with parameters under their original names.
+    """
+    return ProgramModule(program, copy=copy)
+
+
+def _register(root: nn.Module, name: str, value: Tensor, *, persistent: bool) -> None:
+    *path, leaf = name.split(".")
+    module = root
+    for part in path:
+        child = module._modules.get(part)
+        if child is None:
+            child = nn.Module()
+            module.add_module(part, child)
+        module = child
+    if isinstance(value, nn.Parameter):
+        module.register_parameter(leaf, value)
+    else:
+        module.register_buffer(leaf, value, persistent=persistent)
+
+
+_counter = 0
+
+
+def _compile(graph: fx.Graph, name: str) -> Callable[..., tuple[Any, ...]]:
+    """Turn a graph into a Python function of ``(module, *inputs)``, with its source known to tracebacks."""
+    global _counter
+    _counter += 1
+    code = graph.python_code("self")
+    filename = f"<graphsplit {name} {_counter}>"
+    namespace = dict(code.globals)
+    exec(compile(code.src, filename, "exec"), namespace)
+    linecache.cache[filename] = (len(code.src), None, code.src.splitlines(keepends=True), filename)
+    function: Callable[..., tuple[Any, ...]] = namespace["forward"]
+    return function
+
+
+def _source(graph: fx.Graph) -> str:
+    return graph.python_code("self").src
+
+
+def random_state(
+    program: Program, generator: torch.Generator, dtype: torch.dtype = torch.float64
+) -> dict[str, Tensor]:
+    """Random values for every floating-point parameter and buffer.
+
+    They are of order one where the model has that, and positive where the model's are (running variances).
+    """
+    values = {}
+    for name, entry in program.state.items():
+        tensor = entry.tensor
+        if tensor.dtype.is_floating_point and entry.kind != "constant":
+            scale = max(tensor.shape[1:].numel(), 1) ** -0.5 if tensor.dim() > 1 else 0.5
+            noise = torch.randn(tensor.shape, generator=generator, dtype=dtype) * scale
+            if tensor.dim() <= 1 and bool((tensor > 0).all()):
+                noise = noise.abs() + 0.5
+            values[name] = noise
+    return values

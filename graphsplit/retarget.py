@@ -1,0 +1,104 @@
+"""A graph for another dtype or device, or without noise: literals among its arguments are replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphsplit.graphs import copy_graph
+from graphsplit.program import Program, TensorMeta, op_name
+
+aten = torch.ops.aten
+
+FACTORIES = {
+    aten.zeros.default, aten.ones.default, aten.full.default, aten.empty.memory_format, aten.rand.default,
+    aten.randn.default, aten.arange.default, aten.arange.start, aten.arange.start_step, aten.linspace.default,
+    aten.eye.default, aten.scalar_tensor.default,
+}  # fmt: skip
+
+# Draw random numbers of a tensor's shape, or of a given one.
+NOISE_LIKE = {"rand_like.default", "randn_like.default", "bernoulli.p", "bernoulli.default",
+              "normal_functional.default", "uniform.default", "exponential.default"}  # fmt: skip
+NOISE = {"rand.default", "randn.default"}
+DROPOUTS = {
+    "dropout.default",
+    "feature_dropout.default",
+    "alpha_dropout.default",
+    "feature_alpha_dropout.default",
+}
+
+
+def retarget_graph(
+    graph: fx.Graph, dtype_of: Callable[[torch.dtype], torch.dtype], device: torch.device | None = None
+) -> fx.Graph:
+    """A copy of a graph for other dtypes and another device.
+
+    Args:
+        graph: What to copy.
+        dtype_of: The dtype that takes the place of one among the arguments, or of a created tensor.
+        device: Takes the place of devices among the arguments; None leaves them.
+    """
+
+    def swap(value: Any) -> Any:
+        if isinstance(value, torch.dtype):
+            return dtype_of(value)
+        if isinstance(value, TensorMeta):
+            found = replace(value, dtype=dtype_of(value.dtype))
+            return found if device is None else replace(found, device=str(device))
+        if isinstance(value, torch.device) and device is not None:
+            return device
+        return value
+
+    copied = copy_graph(graph)
+    for node in copied.nodes:
+        value = node.meta.get("value")
+        node.args = tuple(swap(argument) for argument in node.args)
+        kwargs = {name: swap(argument) for name, argument in node.kwargs.items()}
+        if (
+            node.target in FACTORIES
+            and isinstance(value, TensorMeta)
+            and dtype_of(value.dtype) != value.dtype
+        ):
+            kwargs["dtype"] = dtype_of(value.dtype)
+        node.kwargs = kwargs
+        node.meta["value"] = tuple(map(swap, value)) if isinstance(value, tuple) else swap(value)
+    return copied
+
+
+def without_noise(graph: fx.Graph) -> fx.Graph:
+    """A copy of a graph in which random numbers are one half and dropout drops nothing.
+
+    Two rewrites of one model draw other numbers, so that their values can only be compared without.
+    """
+    copied = copy_graph(graph)
+    for node in copied.nodes:
+        name = op_name(node)
+        if name in NOISE_LIKE:
+            node.target, node.args, node.kwargs = aten.full_like.default, (node.args[0], 0.5), {}
+        elif name in NOISE:
+            node.target, node.args = aten.full.default, (node.args[0], 0.5)
+        elif name in DROPOUTS and node.args[2] is True:
+            node.args = (*node.args[:2], False)
+        elif name == "scaled_dot_product_attention.default" and len(node.args) > 4:
+            node.args = (*node.args[:4], 0.0, *node.args[5:])
+    return copied
+
+
+def retarget_program(
+    program: Program, old: torch.dtype, new: torch.dtype, device: torch.device | None
+) -> Program:
+    """A program whose state was moved: the dtypes and devices that stand in its graphs go along."""
+
+    def dtype_of(given: torch.dtype) -> torch.dtype:
+        return new if given == old else given
+
+    return replace(program, graphs=tuple(retarget_graph(graph, dtype_of, device) for graph in program.graphs))
+
+
+def place_of(tensors: Iterable[torch.Tensor]) -> tuple[torch.dtype, torch.device] | None:
+    """Dtype and device of the first floating-point tensor."""
+    return next(((t.dtype, t.device) for t in tensors if t.dtype.is_floating_point), None)

@@ -1,0 +1,419 @@
+"""Certificates: the numbers that prove a rewrite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from graphsplit.analysis import Analysis
+from graphsplit.analysis.kinds import closing_nodes
+from graphsplit.emission import emit, random_state
+from graphsplit.graphs import copy_graph, node_arg
+from graphsplit.plan import StatePlan
+from graphsplit.program import Program, TensorMeta
+from graphsplit.retarget import retarget_graph, without_noise
+from graphsplit.signature import Outputs, Signature
+
+aten = torch.ops.aten
+
+
+def in_double(program: Program) -> Program:
+    """The program in float64: state, and every dtype among the arguments of its ops."""
+
+    graphs = tuple(retarget_graph(graph, _wide) for graph in program.graphs)
+    state = dict(program.state)
+    for name, entry in program.state.items():
+        if entry.tensor.dtype.is_floating_point:
+            tensor = entry.tensor.detach().double().requires_grad_(entry.requires_grad)
+            state[name] = replace(entry, tensor=tensor)
+    inputs = tuple(replace(meta, dtype=_wide(meta.dtype)) for meta in program.signature.inputs)
+    signature = replace(program.signature, inputs=inputs)
+    return replace(program, graphs=graphs, state=state, signature=signature)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype.is_floating_point else dtype
+
+
+def opened(program: Program) -> Program:
+    """The program without its closing softmax or sigmoid."""
+    return replace(program, graphs=tuple(_opened_graph(graph) for graph in program.graphs))
+
+
+def _opened_graph(graph: fx.Graph) -> fx.Graph:
+    closing = closing_nodes(graph)
+
+    def scores(node: fx.Node) -> fx.Node | None:
+        return node_arg(node) if node in closing else None
+
+    return copy_graph(graph, scores)
+
+
+BOUND = 1e-9
+
+
+@dataclass(frozen=True)
+class Example:
+    """Inputs to verify with, and the user's model where there is one."""
+
+    model: nn.Module | None
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison.
+
+    Attributes:
+        check: What was compared.
+        error: Largest absolute difference, relative to the largest value where that is above one; for counts
+            the number of violations.
+        bound: What it may be at most; None where the number is for information.
+        dtype: In which it was computed.
+    """
+
+    check: str
+    error: float
+    bound: float | None
+    dtype: str
+
+    @property
+    def ok(self) -> bool:
+        """True where the bound holds, or there is none."""
+        return self.bound is None or self.error <= self.bound
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """The numbers that prove a partition.
+
+    Attributes:
+        rows: Every comparison that was made.
+        dtype: In which merges were compared.
+    """
+
+    rows: tuple[Row, ...]
+    dtype: str = "float64"
+
+    @property
+    def ok(self) -> bool:
+        """True where every comparison with a bound holds, and there is one."""
+        return all(row.ok for row in self.rows) and any(row.bound is not None for row in self.rows)
+
+    @property
+    def max_error(self) -> float:
+        """Largest error among the comparisons with a bound."""
+        return max((row.error for row in self.rows if row.bound is not None), default=math.nan)
+
+    def to_data(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        rows = [{**asdict(row), "ok": row.ok} for row in self.rows]
+        return {"ok": self.ok, "max_error": self.max_error, "dtype": self.dtype, "rows": rows}
+
+    def __str__(self) -> str:
+        lines = [f"certificate: {'ok' if self.ok else 'FAILED'}, largest error {self.max_error:.1e}"]
+        for row in self.rows:
+            bound = "" if row.bound is None else f" <= {row.bound:.0e} {'ok' if row.ok else 'FAILED'}"
+            lines.append(f"  {row.check} ({row.dtype}): {row.error:.1e}{bound}")
+        return "\n".join(lines)
+
+
+def certify(
+    analysis: Analysis,
+    submodel: Callable[[int], Program],
+    merge: Callable[[Sequence[Mapping[str, Tensor]], bool], Program],
+    example: Example | None,
+    trained: Sequence[Mapping[str, Tensor]] | None = None,
+) -> Certificate:
+    """Check a partition.
+
+    Args:
+        analysis: How the program was divided.
+        submodel: Sub-model by number, as a program.
+        merge: Merged program from state tensors, exact or not.
+        example: Inputs; without them random ones are made from the signature.
+        trained: State of sub-models to check with the values they have, too.
+    """
+    rows: list[Row] = []
+    program, k = analysis.program, analysis.k
+    if any(entry.tensor.device.type == "meta" for entry in program.state.values()):
+        rows.append(_every_entry_once(analysis))
+        return Certificate(tuple(rows))
+    if example is not None and example.model is not None:
+        rows += _emitted_equals_model(program, example)
+    programs = [in_double(submodel(part)) for part in range(k)]
+    generator = torch.Generator().manual_seed(0)
+    randoms = [_random_own(program, analysis, generator) for program in programs]
+    rows.append(_every_entry_once(analysis))
+    rows += _places(analysis, randoms)
+    inputs = _inputs(program.signature, example)
+    batches = [("", inputs)]
+    other = _other_batch(program.signature, inputs)
+    if other is not None:
+        batches.append((", another batch size", other))
+    exact, plain = in_double(merge(randoms, True)), in_double(merge(randoms, False))
+    for label, tensors in batches:
+        mean = _mean(programs, randoms, tensors)
+        rows.append(_merge_row("exact merge = mean of the sub-models" + label, exact, mean, tensors))
+        if tensors is inputs:
+            row = _merge_row("plain merge against the mean", plain, mean, tensors)
+            information = replace(row, bound=None)
+    rows.append(information)
+    if trained is not None:
+        wide = [{name: _double(tensor) for name, tensor in state.items()} for state in trained]
+        mean = _mean(programs, wide, inputs)
+        merged = in_double(merge(wide, True))
+        rows.append(_merge_row("exact merge of the given weights", merged, mean, inputs))
+    return Certificate(tuple(rows))
+
+
+def _random_own(program: Program, analysis: Analysis, generator: torch.Generator) -> dict[str, Tensor]:
+    """Random values for what a sub-model has for itself; common buffers keep theirs."""
+    drawn = random_state(program, generator)
+    own = {plan.name for plan in analysis.plan.state if plan.merge != "common"}
+    values = {name: _double(entry.tensor) for name, entry in program.state.items()}
+    return values | {name: value for name, value in drawn.items() if name in own}
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.detach().double() if tensor.dtype.is_floating_point else tensor.detach()
+
+
+def _mean(
+    programs: Sequence[Program], states: Sequence[Mapping[str, Tensor]], inputs: Sequence[Tensor]
+) -> list[Tensor]:
+    """Mean of the sub-models' outputs."""
+    totals: list[Tensor] = []
+    for program, state in zip(programs, states, strict=True):
+        outputs = _run(program.with_state(state), inputs)
+        totals = [a + b for a, b in zip(totals, outputs, strict=True)] if totals else outputs
+    return [total / len(programs) for total in totals]
+
+
+def _merge_row(check: str, merged: Program, mean: Sequence[Tensor], inputs: Sequence[Tensor]) -> Row:
+    found = _run(merged, inputs)
+    errors = [relative_error(value, expected) for value, expected in zip(found, mean, strict=True)]
+    return Row(check, max(errors, default=math.inf), BOUND, "float64")
+
+
+def _run(program: Program, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Floating-point outputs before a closing softmax or sigmoid, in eval mode and without noise."""
+    quiet = replace(program, graphs=tuple(without_noise(graph) for graph in program.graphs))
+    module = emit(opened(quiet), copy=False).eval()
+    with torch.no_grad():
+        outputs = module.run_flat(inputs)
+    return [
+        value.double() for value in outputs if isinstance(value, Tensor) and value.dtype.is_floating_point
+    ]
+
+
+def relative_error(value: Tensor, reference: Tensor) -> float:
+    """Largest difference, relative to the largest entry if above one; infinite where only one is finite."""
+    value, reference = value.detach(), reference.detach()
+    if value.shape != reference.shape:
+        return math.inf
+    if not value.numel():
+        return 0.0
+    same = (value == reference) | (torch.isnan(value) & torch.isnan(reference))
+    difference = torch.where(same, 0.0, (value - reference).abs().double())
+    if bool(torch.isnan(difference).any()):
+        return math.inf
+    finite = reference[torch.isfinite(reference)]
+    scale = max(1.0, float(finite.abs().max()) if finite.numel() else 1.0)
+    return float(difference.max()) / scale
+
+
+def _every_entry_once(analysis: Analysis) -> Row:
+    """Entries of parameters that are in no sub-model or, but for shared ones, in several: none, by the plan.
+
+    A weight between units of two sub-models is a cross weight and in none of them. Counted here are entries
+    whose units all belong to one sub-model and that it lacks.
+    """
+    violations = 0
+    for plan in analysis.plan.state:
+        if plan.kind != "parameter" or plan.merge == "common":
+            continue
+        for size, indices in plan.indices_of_all(analysis.k):
+            counts = torch.zeros(size, dtype=torch.int64)
+            for index in indices:
+                counts[torch.from_numpy(index)] += 1
+            # Along one dimension an index is in exactly one sub-model, or in all of them.
+            violations += int(((counts != 1) & (counts != analysis.k)).sum())
+    return Row("every unit is in exactly one sub-model, or shared by all", float(violations), 0.0, "counts")
+
+
+def _places(analysis: Analysis, states: Sequence[Mapping[str, Tensor]]) -> list[Row]:
+    """Merge every tensor and slice it again: each sub-model finds its own values and nothing else."""
+    back = 0.0
+    left = 0
+    for plan in analysis.plan.state:
+        if plan.kind != "parameter" or plan.merge != "place":
+            continue
+        merged = plan.merge_tensors([state[plan.name] for state in states], duplicate=False)
+        rest = merged.clone()
+        for part, state in enumerate(states):
+            found = plan.slice(merged, part)
+            if found.numel():
+                back = max(back, float((found - state[plan.name] * plan.scale).abs().max()))
+            _clear(plan, rest, part)
+        left += int(torch.count_nonzero(rest))
+    return [
+        Row("every weight is in its place", back, 0.0, "float64"),
+        Row("cross weights that are not zero", float(left), 0.0, "counts"),
+    ]
+
+
+def _clear(plan: StatePlan, tensor: Tensor, part: int) -> None:
+    index = plan.grid(part, tensor.device)
+    if index is None:
+        tensor.zero_()
+    else:
+        tensor[index] = 0
+
+
+def _emitted_equals_model(program: Program, example: Example) -> list[Row]:
+    """The traced program against the user's module, in both modes: outputs, buffers and gradients."""
+    model = example.model
+    assert model is not None
+    flags = {module: module.training for module in model.modules()}
+    dtype = str(next((p.dtype for p in model.parameters()), torch.float32)).removeprefix("torch.")
+    rows = []
+    try:
+        for mode in ("eval", "train"):
+            model.train(mode == "train")
+            state = {
+                name: _leaf(value) for name, value in (*model.named_parameters(), *model.named_buffers())
+            }
+            args, kwargs = pytree.tree_map(_own, (example.args, example.kwargs))
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                expected = torch.func.functional_call(model, state, args, kwargs, tie_weights=True)
+            args, kwargs = pytree.tree_map(_own, (example.args, example.kwargs))
+            module = emit(program).train(mode == "train")
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                found = module(*args, **kwargs)
+            outputs = program.signature.outputs[0 if mode == "train" else -1]
+            error = _tree_error(outputs, found, expected)
+            after = dict(module.named_buffers())
+            buffers = [name for name, _ in model.named_buffers() if name in after]
+            for name in buffers:
+                error = max(error, relative_error(after[name].double(), state[name].double()))
+            rows.append(Row(f"K = 1 emitted equals the model ({mode})", error, tolerance(dtype), dtype))
+            error = _gradient_error(outputs, state, expected, dict(module.named_parameters()), found)
+            rows.append(Row(f"K = 1 gradients equal the model's ({mode})", error, tolerance(dtype), dtype))
+    finally:
+        for module_, flag in flags.items():
+            module_.training = flag
+    return rows
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+
+def _kept(outputs: Outputs, expected: Any) -> list[Any]:
+    """Leaves of the user's outputs that the program gives, too."""
+    leaves = pytree.tree_leaves(expected)
+    return [leaves[place] for place, leaf in enumerate(outputs.leaves) if isinstance(leaf, int)]
+
+
+def _gradient_error(
+    outputs: Outputs, theirs: Mapping[str, Tensor], expected: Any, ours: Mapping[str, Tensor], found: Any
+) -> float:
+    """Largest error of the gradients of a fixed random projection of the outputs."""
+    reference = _gradients(_kept(outputs, expected), theirs)
+    values = [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor)]
+    own = _gradients(values, ours)
+    error = 0.0
+    for name, gradient in reference.items():
+        if name in own:
+            error = max(error, relative_error(own[name].double(), gradient.double()))
+    return error
+
+
+def _gradients(values: Sequence[Any], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    total: Tensor | None = None
+    for value in values:
+        if isinstance(value, Tensor) and value.requires_grad and value.dtype.is_floating_point:
+            weight = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
+            term = (value * weight).sum()
+            total = term if total is None else total + term
+    names = [name for name, tensor in state.items() if tensor.requires_grad]
+    if total is None or not names:
+        return {name: torch.zeros_like(state[name]) for name in names}
+    found: Sequence[Tensor | None] = torch.autograd.grad(
+        total, [state[name] for name in names], allow_unused=True
+    )
+    return {
+        name: torch.zeros_like(state[name]) if gradient is None else gradient
+        for name, gradient in zip(names, found, strict=True)
+    }
+
+
+def _tree_error(outputs: Outputs, found: Any, expected: Any) -> float:
+    """Largest error over the outputs that were kept."""
+    theirs = _kept(outputs, expected)
+    ours = [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor)]
+    if len(ours) != len(theirs):
+        return math.inf
+    return max((relative_error(a, b) for a, b in zip(ours, theirs, strict=True)), default=0.0)
+
+
+def tolerance(dtype: str) -> float:
+    """Rounding that an eager re-run may show; the emitted graph calls the same kernels in the same order."""
+    return {"float64": 1e-12, "float32": 1e-6}.get(dtype, 1e-2)
+
+
+def _own(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _inputs(signature: Signature, example: Example | None) -> list[Tensor]:
+    """Inputs in float64: the example's, or random ones of the traced sizes."""
+    if example is not None:
+        leaves = pytree.tree_leaves((example.args, example.kwargs))
+        tensors = [_double(leaf).cpu() for leaf in leaves if isinstance(leaf, Tensor)]
+        return [_cycle(tensor, meta.shape) for tensor, meta in zip(tensors, signature.inputs, strict=True)]
+    generator = torch.Generator().manual_seed(1)
+    return [random_input(meta, generator) for meta in signature.inputs]
+
+
+def random_input(meta: TensorMeta, generator: torch.Generator) -> Tensor:
+    """A random tensor for an input: normal, or 0 and 1 for integers and booleans."""
+    if meta.dtype.is_floating_point:
+        return torch.randn(meta.shape, generator=generator, dtype=torch.float64)
+    return torch.randint(0, 2, meta.shape, generator=generator).to(meta.dtype)
+
+
+def _other_batch(signature: Signature, inputs: Sequence[Tensor]) -> list[Tensor] | None:
+    """The same inputs with one example more; None where the batch is fixed."""
+    symbols = {
+        dim.symbol
+        for meta in signature.inputs
+        for dim in meta.dims
+        if dim.symbol and dim.symbol.isidentifier()
+    }
+    if not symbols:
+        return None
+    grown = []
+    for tensor, meta in zip(inputs, signature.inputs, strict=True):
+        shape = tuple(d.hint + 1 if d.symbol in symbols else d.hint for d in meta.dims)
+        grown.append(_cycle(tensor, shape))
+    return grown
+
+
+def _cycle(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Repeat entries along each dimension until the sizes are reached."""
+    for dim, size in enumerate(shape):
+        if tensor.shape[dim] != size:
+            tensor = tensor.index_select(dim, torch.arange(size) % tensor.shape[dim])
+    return tensor

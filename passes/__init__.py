@@ -1,0 +1,19 @@
+"""The rewrites: one pass a file, and the pipeline that runs them."""
+
+from graphsplit.passes.base import Pass, PassResult, Programs
+from graphsplit.passes.dead_code_elimination import DeadCodeElimination
+from graphsplit.passes.merge import Merge
+from graphsplit.passes.partition import Partition
+from graphsplit.passes.pipeline import PASSES, Pipeline, Timing
+
+__all__ = [
+    "PASSES",
+    "DeadCodeElimination",
+    "Merge",
+    "Partition",
+    "Pass",
+    "PassResult",
+    "Pipeline",
+    "Programs",
+    "Timing",
+]

@@ -1,0 +1,78 @@
+"""Divide a program by width into K complete sub-networks.
+
+Before::
+
+    h = linear(x, w[8, 3]); y = linear(h, v[2, 8])
+
+After, for K = 2, in each of two programs::
+
+    h = linear(x, w[4, 3]); y = linear(h, v[2, 4])
+
+Inputs and outputs are shared; every weight between units of two sub-models is gone (Miranda & Von Zuben,
+arXiv 1511.02954, section 2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from torch import fx
+
+from graphsplit.analysis import Analysis, analyse
+from graphsplit.analysis.localize import local_value
+from graphsplit.analysis.lower import lower
+from graphsplit.builder import GraphBuilder
+from graphsplit.graphs import drop_dead
+from graphsplit.passes.base import Pass, PassResult, Programs
+from graphsplit.program import TRAINING, Program, StateEntry, source_of
+
+
+def extract(analysis: Analysis, part: int) -> Program:
+    """Sub-model ``part`` as a program; its weights are slices (views where possible) of the full model's."""
+    program = analysis.program
+    constants: dict[str, StateEntry] = {}
+    graphs = tuple(_extract_graph(analysis, graph, part, constants) for graph in program.graphs)
+    state = dict(constants)
+    for plan in analysis.plan.state:
+        entry = program.state[plan.name]
+        state[plan.name] = replace(entry, tensor=_sliced(entry, plan.slice(entry.tensor.detach(), part)))
+    return replace(program, graphs=graphs, state=state)
+
+
+def _sliced(entry: StateEntry, tensor: Any) -> Any:
+    return tensor.requires_grad_(entry.tensor.requires_grad) if entry.kind == "parameter" else tensor
+
+
+def _extract_graph(
+    analysis: Analysis, graph: fx.Graph, part: int, constants: dict[str, StateEntry]
+) -> fx.Graph:
+    build = GraphBuilder(constants)
+    values: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            values[node] = build.placeholder(node)
+        elif node.op == "get_attr":
+            meta = None if node.target == TRAINING else local_value(analysis.kinds, node, part)
+            values[node] = build.state(str(node.target), meta)
+        elif node.op == "call_function":
+            build.source = source_of(node)
+            values[node] = lower(analysis, build, node, part, values.__getitem__)
+        else:
+            build.output(fx.map_arg(node.args[0], values.__getitem__))
+    drop_dead(build.graph)
+    return build.graph
+
+
+@dataclass(frozen=True)
+class Partition(Pass):
+    """``partition(k=2)``: one program to K."""
+
+    name: ClassVar[str] = "partition"
+    k: int = 2
+
+    def run(self, programs: Programs) -> PassResult:
+        """Divide the one program there is."""
+        analysis = analyse(programs.single(), self.k)
+        items = tuple(extract(analysis, part) for part in range(self.k))
+        return PassResult(Programs(items, analysis), modified=self.k > 1)

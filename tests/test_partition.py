@@ -1,0 +1,95 @@
+"""The passes `partition` and `merge` as text: what becomes of a small program."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graphsplit as gs
+from graphsplit.passes import Pipeline, Programs
+
+
+class Net(nn.Module):
+    """A hidden layer, a normalisation over its units, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(6, 8)
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.norm(torch.relu(self.up(x))))
+        return out
+
+
+@pytest.fixture(scope="module")
+def divided() -> Programs:
+    torch.manual_seed(0)
+    return Pipeline.parse("partition(k=2)")(gs.trace(Net(), torch.randn(4, 6)))
+
+
+def text(program: gs.Program) -> str:
+    """The ops of a program; the symbol of the batch is torch's to name."""
+    lines = [line.strip() for line in re.sub(r"\bs\d+\b", "N", str(program)).splitlines()]
+    return "\n".join(line for line in lines if " = state " not in line)
+
+
+def test_submodel(divided: Programs) -> None:
+    assert text(divided.items[1]) == "\n".join(
+        [
+            "program Net: 6 state tensors, 51 parameters",
+            "graph (train and eval):",
+            "x: float32[N, 6] = input",
+            "linear_default: float32[N, 4] = linear.default(x, up_weight, up_bias)",
+            "relu_default: float32[N, 4] = relu.default(linear_default)",
+            "layer_norm_default: float32[N, 4] = layer_norm.default(relu_default, [4], norm_weight, norm_bias, 1e-05, False)",
+            "linear_default_1: float32[N, 3] = linear.default(layer_norm_default, head_weight, head_bias)",
+            "return (linear_default_1,)",
+        ]
+    )
+
+
+def test_exact_merge_normalises_each_slice(divided: Programs) -> None:
+    merged = Pipeline.parse("merge")(divided).single()
+    assert text(merged) == "\n".join(
+        [
+            "program Net: 6 state tensors, 99 parameters",
+            "graph (train and eval):",
+            "x: float32[N, 6] = input",
+            "linear_default: float32[N, 8] = linear.default(x, up_weight, up_bias)",
+            "relu_default: float32[N, 8] = relu.default(linear_default)",
+            "slice_tensor: float32[N, 4] = slice.Tensor(relu_default, 1, 0, 4)",
+            "slice_tensor_1: float32[4] = slice.Tensor(norm_weight, 0, 0, 4)",
+            "slice_tensor_2: float32[4] = slice.Tensor(norm_bias, 0, 0, 4)",
+            "layer_norm_default: float32[N, 4] = "
+            "layer_norm.default(slice_tensor, [4], slice_tensor_1, slice_tensor_2, 1e-05, False)",
+            "slice_tensor_3: float32[N, 4] = slice.Tensor(relu_default, 1, 4, 8)",
+            "slice_tensor_4: float32[4] = slice.Tensor(norm_weight, 0, 4, 8)",
+            "slice_tensor_5: float32[4] = slice.Tensor(norm_bias, 0, 4, 8)",
+            "layer_norm_default_1: float32[N, 4] = "
+            "layer_norm.default(slice_tensor_3, [4], slice_tensor_4, slice_tensor_5, 1e-05, False)",
+            "cat_default: float32[N, 8] = cat.default([layer_norm_default, layer_norm_default_1], 1)",
+            "linear_default_1: float32[N, 3] = linear.default(cat_default, head_weight, head_bias)",
+            "return (linear_default_1,)",
+        ]
+    )
+
+
+def test_plain_merge_is_the_original_graph(divided: Programs) -> None:
+    assert divided.analysis is not None
+    original = divided.analysis.program
+    plain = Pipeline.parse("merge(duplicate=False)")(divided).single()
+    assert text(plain) == text(original)
+    weight = plain.state["up.weight"].tensor
+    assert torch.equal(weight, original.state["up.weight"].tensor)
+    # Eq. (1): the output layer is divided by K.
+    torch.testing.assert_close(plain.state["head.weight"].tensor, original.state["head.weight"].tensor / 2)
+
+
+def test_partition_into_one_is_the_program_itself() -> None:
+    program = gs.trace(Net(), torch.randn(4, 6))
+    assert str(Pipeline.parse("partition(k=1)")(program).single()) == str(program)
