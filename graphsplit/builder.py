@@ -24,12 +24,14 @@ class GraphBuilder:
         graph: The new graph.
         constants: Index tensors that the graph needs, to be added to the program's state.
         source: Provenance given to new nodes.
+        for_one_part: The graph holds indices of one sub-model; another of the same sizes needs its own.
     """
 
     def __init__(self, constants: dict[str, StateEntry]) -> None:
         self.graph = fx.Graph()
         self.constants = constants
         self.source: Source | None = None
+        self.for_one_part = False
         self._state: dict[str, fx.Node] = {}
         self._taken: dict[tuple[Any, ...], fx.Node] = {}
 

@@ -7,9 +7,11 @@ names) and runs Python code generated from its graphs. It trains, deep-copies, p
 
 from __future__ import annotations
 
+import itertools
 import linecache
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
@@ -153,20 +155,23 @@ def _register(root: nn.Module, name: str, value: Tensor, *, persistent: bool) ->
         module.register_buffer(leaf, value, persistent=persistent)
 
 
-_counter = 0
+_compiled: WeakKeyDictionary[fx.Graph, Callable[..., tuple[Any, ...]]] = WeakKeyDictionary()
+_numbers = itertools.count(1)
 
 
 def _compile(graph: fx.Graph, name: str) -> Callable[..., tuple[Any, ...]]:
-    """Turn a graph into a Python function of ``(module, *inputs)``, with its source known to tracebacks."""
-    global _counter
-    _counter += 1
-    code = graph.python_code("self")
-    filename = f"<graphsplit {name} {_counter}>"
-    namespace = dict(code.globals)
-    exec(compile(code.src, filename, "exec"), namespace)
-    linecache.cache[filename] = (len(code.src), None, code.src.splitlines(keepends=True), filename)
-    function: Callable[..., tuple[Any, ...]] = namespace["forward"]
-    return function
+    """Turn a graph into a Python function of ``(module, *inputs)``, with its source known to tracebacks.
+
+    Modules of the same graph share the function.
+    """
+    if graph not in _compiled:
+        code = graph.python_code("self")
+        filename = f"<graphsplit {name} {next(_numbers)}>"
+        namespace = dict(code.globals)
+        exec(compile(code.src, filename, "exec"), namespace)
+        linecache.cache[filename] = (len(code.src), None, code.src.splitlines(keepends=True), filename)
+        _compiled[graph] = namespace["forward"]
+    return _compiled[graph]
 
 
 def _source(graph: fx.Graph) -> str:

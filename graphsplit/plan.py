@@ -6,6 +6,7 @@ sub-models and merges state dicts and optimizer states back; it needs neither th
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -34,8 +35,8 @@ def encode_ranges(indices: NDArray[np.int64]) -> str:
     """
     if indices.size == 0:
         return ""
-    if indices.size == 1:
-        return f"{indices[0]}:{indices[0] + 1}"
+    if indices[-1] - indices[0] + 1 == indices.size:
+        return f"{indices[0]}:{indices[-1] + 1}"
     steps = np.diff(indices)
     if (steps == steps[0]).all() and steps[0] > 1:
         return f"{indices[0]}:{indices[-1] + 1}:{steps[0]}"
@@ -47,6 +48,11 @@ def encode_ranges(indices: NDArray[np.int64]) -> str:
 
 def decode_ranges(text: str) -> NDArray[np.int64]:
     """The indices of `encode_ranges`."""
+    return _decoded(text).copy()
+
+
+@functools.lru_cache(maxsize=256)
+def _decoded(text: str) -> NDArray[np.int64]:
     pieces = []
     for item in filter(None, text.split(",")):
         if not _RANGE.fullmatch(item):
@@ -196,7 +202,7 @@ def take(tensor: Tensor, dim: int, index: NDArray[np.int64]) -> Tensor:
     """Entries of one dimension; a view where they are one run."""
     if index.size and index[-1] - index[0] + 1 == index.size:
         return tensor.narrow(dim, int(index[0]), int(index.size))
-    return tensor.index_select(dim, torch.from_numpy(np.ascontiguousarray(index)).to(tensor.device))
+    return tensor.index_select(dim, torch.tensor(index, device=tensor.device))
 
 
 def _grid(indices: list[NDArray[np.int64] | None], shape: tuple[int, ...], device: torch.device) -> Any:
@@ -214,9 +220,9 @@ def _grid(indices: list[NDArray[np.int64] | None], shape: tuple[int, ...], devic
             slices.append(index)
             arrays.append(dim)
     if len(arrays) <= 1:
-        return tuple(torch.from_numpy(s).to(device) if isinstance(s, np.ndarray) else s for s in slices)
+        return tuple(torch.tensor(s, device=device) if isinstance(s, np.ndarray) else s for s in slices)
     full = [np.arange(size) if index is None else index for index, size in zip(indices, shape, strict=True)]
-    return tuple(torch.from_numpy(grid).to(device) for grid in np.ix_(*full))
+    return tuple(torch.tensor(grid, device=device) for grid in np.ix_(*full))
 
 
 @dataclass(frozen=True)

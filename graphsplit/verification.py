@@ -243,7 +243,7 @@ def _every_entry_once(analysis: Analysis) -> Row:
         for size, indices in plan.indices_of_all(analysis.k):
             counts = torch.zeros(size, dtype=torch.int64)
             for index in indices:
-                counts[torch.from_numpy(index)] += 1
+                counts[torch.tensor(index)] += 1
             # Along one dimension an index is in exactly one sub-model, or in all of them.
             violations += int(((counts != 1) & (counts != analysis.k)).sum())
     return Row("every unit is in exactly one sub-model, or shared by all", float(violations), 0.0, "counts")

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from graphsplit.analysis import Analysis, analyse
+from graphsplit.analysis import Analysis, Lowered, analyse
 from graphsplit.analysis.localize import local_value
 from graphsplit.analysis.lower import lower
 from graphsplit.builder import GraphBuilder
@@ -29,25 +29,39 @@ from graphsplit.program import TRAINING, Program, StateEntry, source_of
 
 
 def extract(analysis: Analysis, part: int) -> Program:
-    """Sub-model ``part`` as a program; its weights are slices (views where possible) of the full model's."""
+    """Sub-model ``part`` as a program; its weights are slices (views where possible) of the full model's.
+
+    Sub-models of the same sizes share their graphs, unless these hold indices of one of them.
+    """
     program = analysis.program
-    constants: dict[str, StateEntry] = {}
-    graphs = tuple(_extract_graph(analysis, graph, part, constants) for graph in program.graphs)
-    state = dict(constants)
+    lowered = _lowered(analysis, part)
+    state = dict(lowered.constants)
     for plan in analysis.plan.state:
         entry = program.state[plan.name]
         state[plan.name] = replace(entry, tensor=_sliced(entry, plan.slice(entry.tensor.detach(), part)))
-    return replace(program, graphs=graphs, state=state)
+    return replace(program, graphs=lowered.graphs, state=state)
+
+
+def _lowered(analysis: Analysis, part: int) -> Lowered:
+    for first, known in analysis.lowered.items():
+        if first == part or (not known.for_one_part and analysis.layouts.alike(first, part)):
+            return known
+    constants: dict[str, StateEntry] = {}
+    builds = [
+        _extract_graph(analysis, graph, part, GraphBuilder(constants)) for graph in analysis.program.graphs
+    ]
+    found = Lowered(
+        tuple(build.graph for build in builds), constants, any(build.for_one_part for build in builds)
+    )
+    analysis.lowered[part] = found
+    return found
 
 
 def _sliced(entry: StateEntry, tensor: Any) -> Any:
     return tensor.requires_grad_(entry.tensor.requires_grad) if entry.kind == "parameter" else tensor
 
 
-def _extract_graph(
-    analysis: Analysis, graph: fx.Graph, part: int, constants: dict[str, StateEntry]
-) -> fx.Graph:
-    build = GraphBuilder(constants)
+def _extract_graph(analysis: Analysis, graph: fx.Graph, part: int, build: GraphBuilder) -> GraphBuilder:
     values: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         if node.op == "placeholder":
@@ -61,7 +75,7 @@ def _extract_graph(
         else:
             build.output(fx.map_arg(node.args[0], values.__getitem__))
     drop_dead(build.graph)
-    return build.graph
+    return build
 
 
 @dataclass(frozen=True)

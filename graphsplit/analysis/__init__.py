@@ -1,5 +1,5 @@
 """Facts about programs: units, layouts, plans. Nothing here changes a graph."""
 
-from graphsplit.analysis.analysis import Analysis, analyse
+from graphsplit.analysis.analysis import Analysis, Lowered, analyse
 
-__all__ = ["Analysis", "analyse"]
+__all__ = ["Analysis", "Lowered", "analyse"]

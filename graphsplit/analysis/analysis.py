@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import fx
@@ -16,9 +17,24 @@ from graphsplit.analysis.validity import require_valid
 from graphsplit.errors import PartitionError
 from graphsplit.graphs import node_arg
 from graphsplit.plan import AxisPlan, Merge, PartitionPlan, StatePlan, encode_ranges
-from graphsplit.program import TRAINING, Program, op_name, source_of
+from graphsplit.program import TRAINING, Program, StateEntry, op_name, source_of
 
 aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """Graphs of a sub-model.
+
+    Attributes:
+        graphs: As many as the program has.
+        constants: Index tensors that they need.
+        for_one_part: They hold indices of this sub-model, so that no other can share them.
+    """
+
+    graphs: tuple[fx.Graph, ...]
+    constants: Mapping[str, StateEntry]
+    for_one_part: bool
 
 
 @dataclass(frozen=True)
@@ -35,6 +51,7 @@ class Analysis:
         plan: The division as plain data.
         divided: MEAN contractions whose input a merge has to divide by K, because their weight is tied.
         kept_whole: Why units stay together: ops without a finer rule, with module path and source line.
+        lowered: Graphs of the sub-models made so far, by the first sub-model that has them.
     """
 
     program: Program
@@ -46,6 +63,7 @@ class Analysis:
     plan: PartitionPlan
     divided: frozenset[fx.Node]
     kept_whole: tuple[str, ...]
+    lowered: dict[int, Lowered] = field(default_factory=dict, repr=False, compare=False)
 
 
 def analyse(program: Program, k: int) -> Analysis:
@@ -119,6 +137,7 @@ def _plan(
     uses = _uses(program)
     merges, scales, divided = _merges(program, inference, kinds, uses, k)
     states = []
+    ranges: dict[int, tuple[str, ...]] = {}  # of a cut, which many tensors share
     for name, entry in program.state.items():
         shape = tuple(entry.tensor.shape)
         merge: Merge = merges.get(name, "common") if name in inference.own else "common"
@@ -126,9 +145,10 @@ def _plan(
             layout = layouts.of(shape, state_factors(inference.state[name], shape))
         else:
             layout = Layout(shape, (None,) * len(shape), True, 0)
-        cuts = tuple(
-            None if cut is None else tuple(encode_ranges(index) for index in cut) for cut in layout.cuts
-        )
+        for cut in layout.cuts:
+            if cut is not None and id(cut) not in ranges:
+                ranges[id(cut)] = tuple(encode_ranges(index) for index in cut)
+        cuts = tuple(None if cut is None else ranges[id(cut)] for cut in layout.cuts)
         states.append(
             StatePlan(
                 name, entry.kind, shape, cuts, merge, scales.get(name, 1.0), entry.aliases, entry.persistent

@@ -101,9 +101,9 @@ def _divide(inference: Inference) -> Assignment:
         for dim, ids in enumerate(dims):
             assert ids is not None
             if ids.any():
-                for number in np.unique(axis_of_unit[labels[ids]]):
-                    if number >= 0:
-                        members[number].append(f"{name}[{dim}]")
+                held = np.bincount(axis_of_unit[labels[ids]] + 1, minlength=len(groups) + 1)[1:]
+                for number in np.flatnonzero(held).tolist():
+                    members[number].append(f"{name}[{dim}]")
     axes = tuple(
         Axis(places[bisect_right(starts, int(first[group[0]])) - 1], int(group.size), count, tuple(member))
         for group, count, member in zip(groups, counts, members, strict=True)
@@ -122,12 +122,12 @@ def _arrays(inference: Inference) -> Iterator[Ids]:
 
 def _ragged(inference: Inference, assignment: Assignment) -> list[Ids]:
     """Factors of which some sub-model's share is no product of index sets."""
-    seen: set[tuple[int, tuple[int, ...]]] = set()
+    seen: set[tuple[int, ...]] = set()
     found = []
     for ids in _arrays(inference):
         if len(varying(ids)) < 2:
             continue
-        key = (ids.__array_interface__["data"][0], ids.shape)
+        key = (ids.__array_interface__["data"][0], *ids.shape, *ids.strides)
         if key in seen:
             continue
         seen.add(key)

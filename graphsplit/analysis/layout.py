@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graphsplit.analysis.assignment import SHARED_PART, Assignment
-from graphsplit.analysis.units import Factors, varying
+from graphsplit.analysis.units import Factors, Ids, varying
 from graphsplit.errors import InternalError
 
 Indices = NDArray[np.int64]
@@ -56,14 +56,20 @@ class Layout:
         )
 
 
+def _key(ids: Ids) -> tuple[int, ...]:
+    return (ids.__array_interface__["data"][0], *ids.shape, *ids.strides)
+
+
 class Layouts:
     """Computes layouts from factors, and remembers them."""
 
     def __init__(self, assignment: Assignment, k: int) -> None:
         self.assignment = assignment
         self.k = k
-        self._cuts: dict[tuple[int, tuple[int, ...], tuple[int, ...]], dict[int, Cut] | None] = {}
-        self._keep: list[Factors] = []
+        self._cuts: dict[tuple[int, ...], dict[int, Cut] | None] = {}
+        self._distinct: dict[int, Cut] = {}
+        self._layouts: dict[tuple[tuple[int, ...], ...], Layout] = {}
+        self._keep: list[Factors] = []  # alive, as their addresses are keys
 
     def of(self, shape: tuple[int, ...], factors: Factors) -> Layout:
         """Layout of a tensor.
@@ -71,10 +77,16 @@ class Layouts:
         Raises:
             InternalError: A sub-model's share is not a rectangular slice.
         """
+        key = (shape, *(_key(ids) for ids in factors))
+        if key not in self._layouts:
+            self._keep.append(factors)
+            self._layouts[key] = self._make(shape, factors)
+        return self._layouts[key]
+
+    def _make(self, shape: tuple[int, ...], factors: Factors) -> Layout:
         cuts: list[Cut | None] = [None] * len(shape)
         active = 0
         disjoint = False
-        self._keep.append(factors)
         for ids in factors:
             found = self._factor(ids)
             if not found:
@@ -89,15 +101,20 @@ class Layouts:
                 )  # fmt: skip
             parts = self.assignment.part[ids]
             disjoint |= not bool((parts == SHARED_PART).any())
+        self._distinct.update((id(cut), cut) for cut in cuts if cut is not None)
         return Layout(shape, tuple(cuts), disjoint, active)
 
-    def _factor(self, ids: np.ndarray) -> dict[int, Cut] | None:
-        key = (ids.__array_interface__["data"][0], ids.shape, ids.strides)
+    def alike(self, part: int, other: int) -> bool:
+        """True where two sub-models hold slices of the same sizes of every tensor asked for so far."""
+        return all(cut[part].size == cut[other].size for cut in self._distinct.values())
+
+    def _factor(self, ids: Ids) -> dict[int, Cut] | None:
+        key = _key(ids)
         if key not in self._cuts:
             self._cuts[key] = self._compute(ids)
         return self._cuts[key]
 
-    def _compute(self, ids: np.ndarray) -> dict[int, Cut] | None:
+    def _compute(self, ids: Ids) -> dict[int, Cut] | None:
         parts = self.assignment.part[ids]
         if self.k == 1 or bool((parts == SHARED_PART).all()):
             return None
@@ -111,7 +128,7 @@ class Layouts:
                 cuts[dim] = tuple(np.flatnonzero(line) for line in lines)
         return cuts
 
-    def active_along(self, ids: np.ndarray, dims: tuple[int, ...]) -> bool:
+    def active_along(self, ids: Ids, dims: tuple[int, ...]) -> bool:
         """True where the entries along ``dims`` belong to different sub-models."""
         if not dims or self.k == 1:
             return False

@@ -11,7 +11,7 @@ from torch import fx
 
 from graphsplit.analysis.facts import argument
 from graphsplit.analysis.kinds import Kinds, layouts_of
-from graphsplit.analysis.layout import Cut, Layout
+from graphsplit.analysis.layout import Cut, Indices, Layout
 from graphsplit.builder import GraphBuilder
 from graphsplit.errors import UnsupportedError
 from graphsplit.graphs import int_arg, node_arg
@@ -26,7 +26,6 @@ class Local:
     Attributes:
         node: The node of the full program.
         args: Its arguments, already mapped to the new graph.
-        part: Number of the sub-model.
     """
 
     def __init__(
@@ -38,13 +37,22 @@ class Local:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> None:
-        self.node, self.kinds, self.part, self.build = node, kinds, part, build
+        self.node, self.kinds, self._part, self.build = node, kinds, part, build
         self.args, self.kwargs = args, kwargs
 
     def layout(self, node: Any) -> Layout | None:
         """Layout of an operand of the full program."""
         found = self.kinds.layout.get(node)
         return found if isinstance(found, Layout) else None
+
+    def shape(self, layout: Layout) -> tuple[int, ...]:
+        """Sizes of a tensor in the sub-model."""
+        return layout.local_shape(self._part)
+
+    def indices(self, cut: Cut) -> Indices:
+        """Indices of one dimension that the sub-model holds; the graph is then made for it alone."""
+        self.build.for_one_part = True
+        return cut[self._part]
 
     @property
     def output(self) -> Layout:
@@ -63,7 +71,7 @@ class Local:
     def sizes(self, given: Any, first: int = 0) -> list[Any]:
         """A list of sizes of the output, from dimension ``first`` on, made local."""
         layout = self.output
-        local = layout.local_shape(self.part)
+        local = self.shape(layout)
         result = []
         for place, size in enumerate(given):
             dim = first + place
@@ -146,7 +154,7 @@ def _reshape_as(local: Local) -> Change:
     sizes: list[Any] = []
     for dim, size in enumerate(meta_of(local.node).dims):
         if size.symbol is None:
-            sizes.append(layout.local_shape(local.part)[dim])
+            sizes.append(local.shape(layout)[dim])
         elif layout.cuts[dim] is not None:
             raise local.refuse("a dimension of batch times units is taken from another tensor")
         else:
@@ -157,7 +165,7 @@ def _reshape_as(local: Local) -> Change:
 @localizer("layer_norm.default", "rms_norm.default")
 def _layer_norm(local: Local) -> Change:
     count = len(local.args[1])
-    shape = list(local.output.local_shape(local.part)[-count:])
+    shape = list(local.shape(local.output)[-count:])
     return local.node.target, (local.args[0], shape, *local.args[2:]), local.kwargs
 
 
@@ -167,7 +175,7 @@ def _group_norm(local: Local) -> Change:
     cut = local.output.cuts[1]
     if cut is not None:
         per_group = local.output.shape[1] // groups
-        groups = int(np.unique(cut[local.part] // per_group).size)
+        groups = int(np.unique(local.indices(cut) // per_group).size)
     return local.node.target, (local.args[0], groups, *local.args[2:]), local.kwargs
 
 
@@ -188,8 +196,8 @@ def _convolution(local: Local) -> Change:
     spatial = len(weight.shape) - 2
     transposed = "transpose" in op_name(local.node)
     channels = local.output if transposed else x
-    here = channels.local_shape(local.part)[len(channels.shape) - spatial - 1]
-    groups = here // weight.local_shape(local.part)[1]
+    here = local.shape(channels)[len(channels.shape) - spatial - 1]
+    groups = here // local.shape(weight)[1]
     if len(local.args) > _GROUPS_AT:
         args = (*local.args[:_GROUPS_AT], groups, *local.args[_GROUPS_AT + 1 :])
         return local.node.target, args, local.kwargs
@@ -208,7 +216,7 @@ def _split(local: Local) -> Change:
     dim = int(argument(local.node, 2, "dim", 0)) % x.ndim
     if all(layout.cuts[dim] is None for layout in local.outputs):
         return local.node.target, local.args, local.kwargs
-    sizes = [layout.local_shape(local.part)[dim] for layout in local.outputs]
+    sizes = [local.shape(layout)[dim] for layout in local.outputs]
     return aten.split_with_sizes.default, (local.args[0], sizes, dim), {}
 
 
@@ -222,7 +230,7 @@ def _slice(local: Local) -> Change:
         return local.node.target, local.args, local.kwargs
     start, step = _start(local, given.shape[dim])
     out = layout.cuts[dim]
-    kept = out[local.part] if out is not None else np.arange(layout.shape[dim])
+    kept = local.indices(out) if out is not None else np.arange(layout.shape[dim])
     return _positions(local, dim, cut, start + step * kept)
 
 
@@ -235,7 +243,7 @@ def _start(local: Local, size: int) -> tuple[int, int]:
 
 def _positions(local: Local, dim: int, cut: Cut, wanted: np.ndarray) -> Change:
     """Entries of the full model, looked up in the slice of a sub-model."""
-    here = cut[local.part]
+    here = local.indices(cut)
     places = np.searchsorted(here, wanted)
     if not np.array_equal(here[np.minimum(places, here.size - 1)], wanted):
         raise local.refuse("takes units of another sub-model")
@@ -254,7 +262,7 @@ def _select(local: Local) -> Change:
     index = int_arg(local.node, 2)
     if index < 0:
         index += given.shape[dim]
-    here = cut[local.part]
+    here = local.indices(cut)
     place = int(np.searchsorted(here, index))
     if place >= here.size or here[place] != index:
         raise local.refuse("takes a unit of another sub-model")

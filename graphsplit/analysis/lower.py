@@ -64,5 +64,6 @@ def _sliced(
     wanted = analysis.layouts.of(given.shape, expected)
     for dim, cut in enumerate(wanted.cuts):
         if cut is not None and given.cuts[dim] is None:
+            build.for_one_part = True
             value = build.take(value, dim, cut[part])
     return value

@@ -34,9 +34,10 @@ def varying(ids: Ids) -> tuple[int, ...]:
     return tuple(dim for dim, size in enumerate(ids.shape) if size > 1)
 
 
-def _key(ids: Ids) -> tuple[int, int]:
-    """Identity of a factor, which views of other shape share."""
-    return ids.__array_interface__["data"][0], ids.size
+def factor_key(ids: Ids) -> tuple[int, ...]:
+    """Identity of the ids of a factor, which its reshaped views share."""
+    pointer: int = ids.__array_interface__["data"][0]
+    return (pointer, ids.size) if ids.flags.c_contiguous else (pointer, *ids.shape, *ids.strides)
 
 
 @dataclass
@@ -45,7 +46,7 @@ class UnitBuilder:
 
     k: int
     count: int = 1
-    _whole: dict[tuple[int, int], Ids] = field(default_factory=dict)
+    _whole: dict[tuple[int, ...], Ids] = field(default_factory=dict)
     _left: list[Ids] = field(default_factory=list)
     _right: list[Ids] = field(default_factory=list)
     _fresh: list[tuple[int, int]] = field(default_factory=list)
@@ -66,14 +67,14 @@ class UnitBuilder:
 
     def share(self, ids: Ids) -> None:
         """These units are in every sub-model."""
-        self._whole[_key(ids)] = ids
+        self._whole[factor_key(ids)] = ids
         flat = ids.ravel()
         self._left.append(flat)
         self._right.append(np.zeros_like(flat))
 
     def is_shared(self, ids: Ids) -> bool:
         """True for a factor that `share` was told of."""
-        return _key(ids) in self._whole
+        return factor_key(ids) in self._whole
 
     def tie(self, ids: Ids, dims: Sequence[int]) -> Ids:
         """Units that differ only along ``dims`` become one; returns the factor without these dimensions."""

@@ -17,9 +17,9 @@ from torch import fx
 
 from graphsplit.analysis.assignment import SHARED_PART, Assignment
 from graphsplit.analysis.inference import Inference, output_nodes
-from graphsplit.analysis.units import Factors
+from graphsplit.analysis.units import Factors, Ids, factor_key
 from graphsplit.errors import PartitionError
-from graphsplit.plan import PartitionPlan
+from graphsplit.plan import PartitionPlan, decode_ranges
 
 Vertex = tuple[Any, ...]
 INPUT, OUTPUT, UNITS, VALUE, COMMON = "input", "output", "units", "value", "common"
@@ -36,13 +36,14 @@ def unit_graph(inference: Inference, assignment: Assignment) -> nx.DiGraph[Verte
     graph: nx.DiGraph[Vertex] = nx.DiGraph()
     # An axis' shares are connected all to all; one pair of axes gives these edges once.
     seen: set[tuple[Any, Any]] = set()
+    shares = _Shares(assignment, inference.k)
     bundles: dict[fx.Node, tuple[Vertex, ...]] = {}
     for number, program_graph in enumerate(inference.program.graphs):
         for node in program_graph.nodes:
             if node.op == "output":
                 _add_outputs(graph, inference, program_graph, number, bundles)
                 continue
-            here = _vertices(inference, assignment, node, number)
+            here = _vertices(inference, shares, node, number)
             bundles[node] = here
             graph.add_nodes_from(here)
             for operand in node.all_input_nodes:
@@ -55,7 +56,26 @@ def unit_graph(inference: Inference, assignment: Assignment) -> nx.DiGraph[Verte
     return graph
 
 
-def _vertices(inference: Inference, assignment: Assignment, node: fx.Node, number: int) -> tuple[Vertex, ...]:
+class _Shares:
+    """Which shares of which axes a factor holds; views of the same ids are looked at once."""
+
+    def __init__(self, assignment: Assignment, k: int) -> None:
+        self.assignment, self.k = assignment, k
+        self._known: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+
+    def of(self, ids: Ids) -> list[tuple[int, int]]:
+        """Pairs of axis and part, sorted."""
+        key = factor_key(ids)
+        if key not in self._known:
+            flat = ids.ravel()
+            part = self.assignment.part[flat].astype(np.int64)
+            numbers = self.assignment.axis[flat] * self.k + part
+            held = np.flatnonzero(np.bincount(numbers[part != SHARED_PART]))
+            self._known[key] = [divmod(int(number), self.k) for number in held]
+        return self._known[key]
+
+
+def _vertices(inference: Inference, shares: _Shares, node: fx.Node, number: int) -> tuple[Vertex, ...]:
     if node.op == "placeholder":
         return ((INPUT, node.name),)
     if node.op == "get_attr":
@@ -64,29 +84,25 @@ def _vertices(inference: Inference, assignment: Assignment, node: fx.Node, numbe
         return ((COMMON, number, node.name),)
     outputs = inference.facts[node].outputs
     lists: list[Factors] = outputs if isinstance(outputs, list) else [outputs]
-    shares: set[tuple[int, int]] = set()
-    for factors in lists:
-        for ids in factors:
-            flat = ids.ravel()
-            held = assignment.part[flat] != SHARED_PART
-            pairs = np.stack([assignment.axis[flat][held], assignment.part[flat][held]])
-            shares.update((int(axis), int(part)) for axis, part in np.unique(pairs, axis=1).T)
-    if not shares:
+    held = {pair for factors in lists for ids in factors for pair in shares.of(ids)}
+    if not held:
         return tuple((VALUE, number, node.name, part) for part in range(inference.k))
-    return tuple((UNITS, axis, part) for axis, part in sorted(shares))
+    return tuple((UNITS, axis, part) for axis, part in sorted(held))
 
 
 def _connect(graph: nx.DiGraph[Vertex], there: tuple[Vertex, ...], here: tuple[Vertex, ...]) -> None:
-    for a in there:
-        for b in here:
-            if a == b:
-                continue
-            same_value = a[0] == VALUE or b[0] == VALUE
-            if same_value and a[0] in (VALUE, UNITS) and b[0] in (VALUE, UNITS) and a[-1] != b[-1]:
-                continue
-            if a[0] == UNITS and b[0] == UNITS and a[1] == b[1]:
-                continue
-            graph.add_edge(a, b)
+    """Edges to what is new on this side; what stands on both sides passes through."""
+    known = set(there)
+    for b in here:
+        if b not in known:
+            graph.add_edges_from((a, b) for a in there if _feeds(a, b))
+
+
+def _feeds(a: Vertex, b: Vertex) -> bool:
+    inside = a[0] in (VALUE, UNITS) and b[0] in (VALUE, UNITS)
+    if inside and VALUE in (a[0], b[0]):
+        return bool(a[-1] == b[-1])
+    return not (inside and a[1] == b[1])
 
 
 def _add_outputs(
@@ -178,14 +194,16 @@ def _units_once(assignment: Assignment, k: int) -> list[str]:
 
 def _parameters_once(plan: PartitionPlan) -> list[str]:
     broken = []
+    disjoint: dict[tuple[str, ...], bool] = {}  # of a cut, which many tensors share
     for state in plan.state:
-        if state.kind != "parameter" or state.merge in ("average", "stack", "common"):
+        if plan.k == 1 or state.kind != "parameter" or state.merge in ("average", "stack", "common"):
             continue
-        cuts = state.indices_of_all(plan.k)
-        disjoint = any(
-            np.unique(np.concatenate(parts)).size == sum(p.size for p in parts) for _, parts in cuts
-        )
-        if plan.k > 1 and not disjoint:
+        cuts = [cut for cut in state.cuts if cut is not None]
+        for cut in cuts:
+            if cut not in disjoint:
+                indices = np.concatenate([decode_ranges(text) for text in cut])
+                disjoint[cut] = np.unique(indices).size == indices.size
+        if not any(disjoint[cut] for cut in cuts):
             broken.append(f"property 5: {state.name} is in several sub-models")
     return broken
 

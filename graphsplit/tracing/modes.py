@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,16 +45,18 @@ def merge_modes(train: FunctionalGraph, evaluation: FunctionalGraph) -> fx.Graph
     both = [name for name in evaluation.writes if name in train.writes]
     train_nodes = _live(train, (train.outputs, [train.writes[name] for name in both]))
     eval_nodes = _live(evaluation, (evaluation.outputs, [evaluation.writes[name] for name in both]))
-    if len(train_nodes) != len(eval_nodes):
+    if not comparison.walk(train_nodes, eval_nodes):
         return None
-    for ours, theirs in zip(train_nodes, eval_nodes, strict=True):
-        if not comparison.match(ours, theirs):
-            return None
     if not comparison.same(train.outputs, evaluation.outputs, None):
         return None
     if not _guard_writes(train, evaluation, comparison):
         return None
     graph = train.graph
+    for user, operand in comparison.copies:
+        with graph.inserting_before(user):
+            copy = graph.call_function(aten.contiguous.default, (operand,))
+            copy.meta.update(operand.meta)
+        user.replace_input_with(operand, copy)
     if comparison.switches:
         _bind_switches(graph, comparison.switches)
     graph.output(train.outputs)
@@ -73,40 +76,89 @@ def _live(functional: FunctionalGraph, roots: Any) -> list[fx.Node]:
 
 @dataclass
 class _Comparison:
-    """Which node of the training graph is which of the evaluation graph, and which literals differ."""
+    """Which node of the training graph is which of the evaluation graph, and which literals differ.
+
+    ``contiguous()`` leaves no node where the tensor is contiguous already, which may be so in one mode alone
+    (attention with dropout lays out its result otherwise than without). As it changes no value, one graph
+    serves both modes, with the op wherever either mode needs it.
+
+    Attributes:
+        pairs: Nodes of the training graph to those of the evaluation graph.
+        switches: Node, place and literal in training of every argument that differs.
+        copies: User and operand in the training graph where only evaluation makes the operand contiguous.
+    """
 
     pairs: dict[fx.Node, fx.Node] = field(default_factory=dict)
-    switches: list[tuple[fx.Node, Any, Any]] = field(default_factory=list)  # node, place, train literal
+    switches: list[tuple[fx.Node, Any, Any]] = field(default_factory=list)
+    copies: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)
+    _skipped: dict[fx.Node, fx.Node] = field(default_factory=dict)
+
+    def walk(self, train: list[fx.Node], evaluation: list[fx.Node]) -> bool:
+        """Bring the nodes of both graphs together, in order; False where that fails."""
+        rest = deque(evaluation)
+        for ours in train:
+            if _is_contiguous(ours):
+                if rest and _is_contiguous(rest[0]) and self.match(ours, rest[0]):
+                    rest.popleft()
+                else:
+                    self.pairs[ours] = self.pairs[node_arg(ours)]
+                continue
+            self._skip(rest)
+            if not rest or not self.match(ours, rest.popleft()):
+                return False
+        self._skip(rest)
+        return not rest
+
+    def _skip(self, rest: deque[fx.Node]) -> None:
+        while rest and _is_contiguous(rest[0]):
+            node = rest.popleft()
+            self._skipped[node] = self._skipped.get(node_arg(node), node_arg(node))
 
     def match(self, ours: fx.Node, theirs: fx.Node) -> bool:
         if ours.op != theirs.op:
             return False
         if ours.op != "placeholder" and ours.target != theirs.target:
             return False
-        self.pairs[ours] = theirs
         given, wanted = _arguments(ours), _arguments(theirs)
-        return given.keys() == wanted.keys() and all(
-            self.same(given[place], wanted[place], (ours, place)) for place in given
-        )
+        if given.keys() != wanted.keys():
+            return False
+        if not all(self.same(given[place], wanted[place], ours, place) for place in given):
+            return False
+        self.pairs[ours] = theirs
+        return True
 
-    def same(self, ours: Any, theirs: Any, place: tuple[fx.Node, Any] | None) -> bool:
+    def same(self, ours: Any, theirs: Any, user: fx.Node | None, place: Any = None) -> bool:
         if isinstance(ours, fx.Node) or isinstance(theirs, fx.Node):
-            return isinstance(ours, fx.Node) and self.pairs.get(ours) is theirs
+            return isinstance(ours, fx.Node) and self._same_node(ours, theirs, user)
         if isinstance(ours, (tuple, list)) and isinstance(theirs, (tuple, list)):
             return len(ours) == len(theirs) and all(
-                self.same(a, b, None) for a, b in zip(ours, theirs, strict=True)
+                self.same(a, b, user) for a, b in zip(ours, theirs, strict=True)
             )
         if type(ours) is type(theirs) and (ours == theirs or (ours != ours and theirs != theirs)):
             return True
-        if place is None:
+        if user is None or place is None:
             return False
         if ours is True and theirs is False:
-            self.switches.append((*place, True))
+            self.switches.append((user, place, True))
             return True
         if isinstance(ours, float) and theirs == 0.0:
-            self.switches.append((*place, ours))
+            self.switches.append((user, place, ours))
             return True
         return False
+
+    def _same_node(self, ours: fx.Node, theirs: Any, user: fx.Node | None) -> bool:
+        found = self.pairs.get(ours)
+        if found is theirs:
+            return True
+        if found is None or self._skipped.get(theirs) is not found:
+            return False
+        if user is not None:
+            self.copies.append((user, ours))
+        return True
+
+
+def _is_contiguous(node: fx.Node) -> bool:
+    return node.target is aten.contiguous.default and len(node.args) == 1 and not node.kwargs
 
 
 def _arguments(node: fx.Node) -> dict[Any, Any]:
