@@ -82,7 +82,7 @@ def compile_times(runs: int) -> list[str]:
             except Exception as error:  # what the other tool cannot do is a result, too
                 notes.append(f"fails: {type(error).__name__}: {str(error)[:60]}")
                 break
-        traces, ours, theirs = traces[1:], ours[1:], theirs[1:]
+        traces, ours, theirs = traces[1:] or traces, ours[1:] or ours, theirs[1:]
         own = statistics.median(ours)
         row = f"| {case.name} | {statistics.median(traces):.2f} s | {own * 1e3:.0f} ms |"
         if theirs:

@@ -146,9 +146,8 @@ class Program:
     def ordered_names(self) -> list[tuple[str, StateEntry]]:
         """Every name with its entry, in the order of `names`; constants come last."""
         entries = {name: entry for entry in self.state.values() for name in (entry.name, *entry.aliases)}
-        known = [name for name in self.names if name in entries]
-        rest = [name for name in entries if name not in set(known)]
-        return [(name, entries[name]) for name in (*known, *rest)]
+        known = dict.fromkeys(name for name in self.names if name in entries)
+        return [(name, entries[name]) for name in known | entries]
 
     def parameter_count(self) -> int:
         """Number of scalars in parameters, tied ones counted once."""
