@@ -70,7 +70,7 @@ class TensorMeta:
                 dims.append(Dim(size, dim.symbol))
             else:
                 dims.append(Dim(size, f"({dim.symbol})*{size}/{dim.hint}"))
-        return replace(self, dims=tuple(dims))
+        return TensorMeta(tuple(dims), self.dtype, self.device)
 
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')}[{', '.join(map(str, self.dims))}]"

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graphsplit.analysis.inference import Inference
-from graphsplit.analysis.units import Ids, varying
+from graphsplit.analysis.units import Ids, factor_key, varying
 
 SHARED_PART = -1
 
@@ -64,20 +64,15 @@ def _divide(inference: Inference) -> Assignment:
     signature = np.zeros(count, np.uint64)
     first = np.full(count, np.iinfo(np.int64).max)
     random = np.random.default_rng(0)
+    occurrences = _occurrences(inference)
     starts: list[int] = []
-    places: list[str] = []
     position = 0
-    for name, dims in inference.state.items():
-        for dim, ids in enumerate(dims):
-            assert ids is not None
-            if not ids.any():
-                continue
-            units = labels[ids]
-            np.add.at(signature, units, random.integers(1, 2**63, dtype=np.uint64))
-            np.minimum.at(first, units, np.arange(position, position + ids.size))
-            starts.append(position)
-            places.append(f"{name}[{dim}]")
-            position += ids.size
+    for ids, _ in occurrences:
+        units = labels[ids]
+        np.add.at(signature, units, random.integers(1, 2**63, dtype=np.uint64))
+        np.minimum.at(first, units, np.arange(position, position + ids.size))
+        starts.append(position)
+        position += ids.size
     part_of_unit = np.full(count, SHARED_PART, np.int16)
     axis_of_unit = np.full(count, -1, np.int32)
     present = np.flatnonzero(signature)
@@ -96,19 +91,34 @@ def _divide(inference: Inference) -> Assignment:
             counts.append(tuple(share.size for share in shares))
         else:
             counts.append(())
-    members: list[list[str]] = [[] for _ in groups]
+    members: list[list[tuple[int, str]]] = [[] for _ in groups]
+    for ids, places in occurrences:
+        held = np.bincount(axis_of_unit[labels[ids]] + 1, minlength=len(groups) + 1)[1:]
+        for number in np.flatnonzero(held).tolist():
+            members[number] += places
+    axes = tuple(
+        Axis(
+            occurrences[bisect_right(starts, int(first[group[0]])) - 1][1][0][1],
+            int(group.size),
+            count,
+            tuple(place for _, place in sorted(member)),
+        )
+        for group, count, member in zip(groups, counts, members, strict=True)
+    )
+    return Assignment(part_of_unit[labels], axis_of_unit[labels], labels, axes)
+
+
+def _occurrences(inference: Inference) -> list[tuple[Ids, list[tuple[int, str]]]]:
+    """Every array of ids in the state, with the numbered dimensions (``name[dim]``) that it stands for."""
+    found: dict[tuple[int, ...], tuple[Ids, list[tuple[int, str]]]] = {}
+    number = 0
     for name, dims in inference.state.items():
         for dim, ids in enumerate(dims):
             assert ids is not None
             if ids.any():
-                held = np.bincount(axis_of_unit[labels[ids]] + 1, minlength=len(groups) + 1)[1:]
-                for number in np.flatnonzero(held).tolist():
-                    members[number].append(f"{name}[{dim}]")
-    axes = tuple(
-        Axis(places[bisect_right(starts, int(first[group[0]])) - 1], int(group.size), count, tuple(member))
-        for group, count, member in zip(groups, counts, members, strict=True)
-    )
-    return Assignment(part_of_unit[labels], axis_of_unit[labels], labels, axes)
+                found.setdefault(factor_key(ids), (ids, []))[1].append((number, f"{name}[{dim}]"))
+                number += 1
+    return list(found.values())
 
 
 def _arrays(inference: Inference) -> Iterator[Ids]:
