@@ -17,8 +17,9 @@ What tools may rely on:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -51,11 +52,11 @@ class TensorMeta:
     dims: tuple[Dim, ...]
     dtype: torch.dtype
     device: str = "cpu"
+    shape: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    """Sizes for the traced example."""
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Sizes for the traced example."""
-        return tuple(dim.hint for dim in self.dims)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(dim.hint for dim in self.dims))
 
     @property
     def ndim(self) -> int:
@@ -194,7 +195,11 @@ def format_node(node: fx.Node) -> str:
 
 def op_name(node: fx.Node) -> str:
     """``linear.default`` for ATen overloads, ``operator.getitem`` for Python functions."""
-    target = node.target
+    return _name_of(node.target)
+
+
+@functools.lru_cache(maxsize=4096)
+def _name_of(target: Any) -> str:
     if isinstance(target, torch._ops.OpOverload):
         name = str(target)
         return name.removeprefix("aten.")

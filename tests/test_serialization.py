@@ -141,7 +141,7 @@ def test_sub_models_and_the_merged_model_survive() -> None:
 )
 def test_every_field_is_written(kind: Any, names: str) -> None:
     """A field that is new has to be written too; then add it here."""
-    assert [item.name for item in fields(kind)] == names.split()
+    assert [item.name for item in fields(kind) if item.init] == names.split()
 
 
 def test_the_data_says_the_same_twice() -> None:

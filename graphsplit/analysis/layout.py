@@ -118,8 +118,12 @@ class Layouts:
         parts = self.assignment.part[ids]
         if self.k == 1 or bool((parts == SHARED_PART).all()):
             return None
-        cuts: dict[int, Cut] = {}
         dims = varying(ids)
+        if len(dims) == 1:
+            line = parts.ravel()
+            held = (np.flatnonzero((line == part) | (line == SHARED_PART)) for part in range(self.k))
+            return {dims[0]: tuple(held)}
+        cuts: dict[int, Cut] = {}
         inside = [(parts == part) | (parts == SHARED_PART) for part in range(self.k)]
         for dim in dims:
             rest = tuple(d for d in range(ids.ndim) if d != dim)
