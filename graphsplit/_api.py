@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from graphsplit import bundle
 from graphsplit.analysis import Analysis, analyse
 from graphsplit.analysis.analysis import check_k
+from graphsplit.analysis.dealing import Strategy, check_shares, dealer_of, given
 from graphsplit.bundle import PartitionBundle
 from graphsplit.emission import ProgramModule, emit
 from graphsplit.errors import PartitionError, PlanError
@@ -172,7 +173,10 @@ def partition(
     args: Any = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
-    k: int = 2,
+    k: int | None = None,
+    shares: Sequence[float] | None = None,
+    strategy: Strategy = "contiguous",
+    data: Any = None,
     init: Init = "slice",
     seed: int = 0,
     plan: PartitionPlan | None = None,
@@ -184,30 +188,40 @@ def partition(
         model: The user's module, which is not changed, or a traced `Program`.
         args: Example inputs: a tensor, a tuple by position or a dict by keyword.
         kwargs: Further example inputs by keyword.
-        k: Number of sub-models.
+        k: Number of sub-models; by default as many as there are shares, or 2.
+        shares: Relative sizes of the sub-models, ``(3, 1)``; equal ones by default.
+        strategy: Who goes where: ``"contiguous"`` (neighbours together), ``"interleaved"`` (in turn),
+            ``"random"`` (by ``seed``), or for trained models ``"cluster"``, which keeps as much weight
+            magnitude inside the sub-models as it can.
+        data: Inputs like ``args``, by which ``"cluster"`` keeps units together that are active together.
         init: Weights of the sub-models: ``"slice"`` of the given ones, ``"rescale"`` (the same, scaled to the
             smaller fan-in), or ``"fresh"`` (drawn anew, with another seed for each).
-        seed: For ``"fresh"``.
+        seed: For ``"fresh"``, ``"random"`` and ``"cluster"``.
         plan: Only accept the division of this plan, made earlier for the same model.
         outputs: Names of the outputs to keep, as for `trace`.
 
     Raises:
-        PartitionError: K does not fit, or nothing can be divided.
+        PartitionError: K or the shares do not fit, or nothing can be divided.
         TraceError, UnsupportedError, InputError: The model cannot be traced.
         PlanError: ``plan`` belongs to another model.
     """
+    shares, k = _shares_and_k(shares, k, plan)
+    deal = dealer_of(strategy, seed)  # before a trace that may take a while
     example = None
     if isinstance(model, Program):
         program = model
         if args != () or kwargs:
             example = Example(None, *as_call(args, kwargs))
     else:
-        check_k(k)  # before a trace that may take a while
         program = trace(model, args, kwargs, outputs=outputs)
         example = Example(model, *as_call(args, kwargs))
     if init not in ("slice", "rescale", "fresh"):
         raise PartitionError(f"init is {init!r}, expected 'slice', 'rescale' or 'fresh'")
-    analysis = analyse(program, plan.k if plan is not None else k)
+    if data is not None:
+        deal = dealer_of(strategy, seed, program.signature.flatten(*as_call(data, None)))
+    if plan is not None and plan.k > 1:
+        deal = given({state.name: state.parts(plan.k) for state in plan.state})
+    analysis = analyse(program, k, shares, deal)
     if plan is not None and plan != analysis.plan:
         raise PlanError("the plan does not belong to this model", hint=_difference(plan, analysis.plan))
     if init != "fresh":
@@ -215,9 +229,20 @@ def partition(
     return Partition(program, analysis, init=init, seed=seed, example=example)
 
 
-def _difference(given: PartitionPlan, found: PartitionPlan) -> str:
+def _shares_and_k(
+    shares: Sequence[float] | None, k: int | None, plan: PartitionPlan | None
+) -> tuple[tuple[float, ...], int]:
+    if plan is not None:
+        k, shares = plan.k, None
+    if k is None:
+        k = 2 if shares is None else len(shares)
+    check_k(k)
+    return check_shares((1,) * k if shares is None else shares), k
+
+
+def _difference(wanted: PartitionPlan, found: PartitionPlan) -> str:
     ours = {state.name: state for state in found.state}
-    for state in given.state:
+    for state in wanted.state:
         if state.name not in ours:
             return f"the model has no {state.name}"
         own = ours[state.name]

@@ -113,6 +113,23 @@ class StatePlan:
             if cut is not None
         ]
 
+    def parts(self, k: int) -> list[NDArray[np.int16] | None]:
+        """For each dimension that is cut the sub-model of every index, -1 for indices of several."""
+        found: list[NDArray[np.int16] | None] = []
+        for size, cut in zip(self.shape, self.cuts, strict=True):
+            if cut is None:
+                found.append(None)
+                continue
+            parts = np.full(size, -1, np.int16)
+            holders = np.zeros(size, np.int64)
+            for part in range(k):
+                index = decode_ranges(cut[part])
+                parts[index] = part
+                holders[index] += 1
+            parts[holders != 1] = -1
+            found.append(parts)
+        return found
+
     def grid(self, part: int, device: torch.device) -> Any:
         """An index expression for the share of sub-model ``part`` in the full tensor; None for all of it."""
         return _grid(self.indices(part), self.shape, device)

@@ -20,6 +20,8 @@ from typing import Any, ClassVar
 from torch import fx
 
 from graphsplit.analysis import Analysis, Lowered, analyse
+from graphsplit.analysis.analysis import check_k
+from graphsplit.analysis.dealing import Strategy, check_shares, dealer_of
 from graphsplit.analysis.localize import local_value
 from graphsplit.analysis.lower import lower
 from graphsplit.builder import GraphBuilder
@@ -80,13 +82,18 @@ def _extract_graph(analysis: Analysis, graph: fx.Graph, part: int, build: GraphB
 
 @dataclass(frozen=True)
 class Partition(Pass):
-    """``partition(k=2)``: one program to K."""
+    """``partition(k=2)``: one program to K; the options are those of `graphsplit.partition`."""
 
     name: ClassVar[str] = "partition"
     k: int = 2
+    shares: tuple[float, ...] = ()
+    strategy: Strategy = "contiguous"
+    seed: int = 0
 
     def run(self, programs: Programs) -> PassResult:
         """Divide the one program there is."""
-        analysis = analyse(programs.single(), self.k)
+        check_k(self.k)
+        shares = check_shares(self.shares or (1,) * self.k)
+        analysis = analyse(programs.single(), self.k, shares, dealer_of(self.strategy, self.seed))
         items = tuple(extract(analysis, part) for part in range(self.k))
         return PassResult(Programs(items, analysis), modified=self.k > 1)

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from graphsplit.analysis.assignment import Assignment, assign
+from graphsplit.analysis.dealing import Dealer, contiguous
 from graphsplit.analysis.facts import argument
 from graphsplit.analysis.inference import Inference, infer, state_factors
 from graphsplit.analysis.kinds import Kind, Kinds, classify
@@ -66,22 +67,28 @@ class Analysis:
     lowered: dict[int, Lowered] = field(default_factory=dict, repr=False, compare=False)
 
 
-def analyse(program: Program, k: int) -> Analysis:
+def analyse(
+    program: Program, k: int, shares: tuple[float, ...] | None = None, deal: Dealer = contiguous
+) -> Analysis:
     """Find the units of a program and divide them into K sets.
 
     Args:
         program: A traced program.
         k: Number of sub-models, at least 1.
+        shares: Relative sizes of the K sub-models; equal by default.
+        deal: Says which unit goes to which sub-model.
 
     Raises:
         PartitionError: K is out of range, or nothing can be divided; the message names the reason.
     """
     check_k(k)
+    if shares is not None and len(shares) != k:
+        raise PartitionError(f"{len(shares)} shares for K = {k} sub-models")
     if not any(entry.kind == "parameter" for entry in program.state.values()):
         raise PartitionError("the model has no parameters, so there is nothing to divide")
     _refuse_complex(program)
     inference = infer(program, k)
-    assignment = assign(inference)
+    assignment = assign(inference, shares, deal)
     layouts = Layouts(assignment, k)
     kept = tuple(
         f"{facts.whole} ({source_of(node)})"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from graphsplit.analysis.dealing import Dealer, Deck, contiguous
 from graphsplit.analysis.inference import Inference
 from graphsplit.analysis.units import Ids, factor_key, varying
 
@@ -42,14 +43,21 @@ class Assignment:
     axes: tuple[Axis, ...]
 
 
-def assign(inference: Inference) -> Assignment:
-    """Divide the units of every axis into K contiguous shares of equal number (up to one).
+def assign(
+    inference: Inference, shares: tuple[float, ...] | None = None, deal: Dealer = contiguous
+) -> Assignment:
+    """Divide the units of every axis into K shares.
+
+    Args:
+        inference: Facts about the program, for a given K.
+        shares: Relative sizes of the sub-models; equal ones (up to one unit) by default.
+        deal: Says which unit goes to which sub-model.
 
     Where a share would not be a rectangular slice of some tensor, the units along one of its dimensions are
     tied and the division is made again.
     """
     while True:
-        assignment = _divide(inference)
+        assignment = _divide(inference, shares or (1.0,) * inference.k, deal)
         ragged = _ragged(inference, assignment)
         if not ragged:
             return assignment
@@ -57,7 +65,7 @@ def assign(inference: Inference) -> Assignment:
             _tie(inference, ids)
 
 
-def _divide(inference: Inference) -> Assignment:
+def _divide(inference: Inference, shares: tuple[float, ...], deal: Dealer) -> Assignment:
     k = inference.k
     labels = inference.units.components()
     count = int(labels.max()) + 1
@@ -81,16 +89,14 @@ def _divide(inference: Inference) -> Assignment:
     bounds = np.flatnonzero(np.diff(signature[order])) + 1
     groups = [group for group in np.split(order, bounds) if group.size]
     groups.sort(key=lambda group: int(first[group[0]]))
-    counts: list[tuple[int, ...]] = []
     for number, group in enumerate(groups):
         axis_of_unit[group] = number
-        if group.size >= k:
-            shares = np.array_split(group, k)
-            for part, share in enumerate(shares):
-                part_of_unit[share] = part
-            counts.append(tuple(share.size for share in shares))
-        else:
-            counts.append(())
+    wide = [number for number, group in enumerate(groups) if group.size >= k]
+    dealt = deal(Deck(inference, shares, labels, tuple(groups[number] for number in wide)))
+    counts: list[tuple[int, ...]] = [()] * len(groups)
+    for number, parts in zip(wide, dealt, strict=True):
+        part_of_unit[groups[number]] = parts
+        counts[number] = tuple(np.bincount(parts, minlength=k).tolist())
     members: list[list[tuple[int, str]]] = [[] for _ in groups]
     for ids, places in occurrences:
         held = np.bincount(axis_of_unit[labels[ids]] + 1, minlength=len(groups) + 1)[1:]
