@@ -31,6 +31,15 @@ class Start(StrEnum):
     fresh = "fresh"
 
 
+class Who(StrEnum):
+    """Which units go to which sub-model."""
+
+    contiguous = "contiguous"
+    interleaved = "interleaved"
+    random = "random"
+    cluster = "cluster"
+
+
 def _set_verbose(ctx: typer.Context, wanted: bool) -> None:
     if ctx.obj is not None:
         ctx.obj.verbose = wanted
@@ -42,10 +51,26 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help=f"{_MODEL_HELP}.", s
 Target = Annotated[
     str, typer.Argument(metavar="MODEL|BUNDLE", help=f"{_MODEL_HELP}; or a bundle.", show_default=False)
 ]
-K = Annotated[int, typer.Option("-k", metavar="K", help="Number of sub-models.")]
 OptionalK = Annotated[
     int | None,
     typer.Option("-k", metavar="K", help="Number of sub-models: 2 unless given; a bundle knows its own."),
+]
+Shares = Annotated[
+    str | None,
+    typer.Option("--shares", metavar="A,B,...", help="Relative sizes of the sub-models, such as 3,1."),
+]
+Strategy = Annotated[
+    Who,
+    typer.Option(
+        "--strategy",
+        help="Who goes where: neighbours together, in turn, by chance, or what weighs most together.",
+    ),
+]
+Fit = Annotated[
+    str | None,
+    typer.Option(
+        "--fit", metavar="BYTES", help="In place of -k: the smallest K whose sub-models train in 8GB, say."
+    ),
 ]
 Entry = Annotated[
     str | None, typer.Option("--entry", metavar="NAME", help="What gives the model, in place of `model`.")
@@ -92,6 +117,27 @@ class Asked:
 
 
 @dataclass(frozen=True)
+class Options:
+    """How a model is divided, and what the sub-models start with."""
+
+    shares: tuple[float, ...] | None = None
+    strategy: Who = Who.contiguous
+    fit: str | None = None
+    init: Start = Start.slice
+    seed: int = 0
+
+
+def parse_shares(text: str | None) -> tuple[float, ...] | None:
+    """The numbers of ``3,1``."""
+    if text is None:
+        return None
+    try:
+        return tuple(float(share) for share in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"--shares {text}: expected numbers, such as 3,1") from None
+
+
+@dataclass(frozen=True)
 class Opened:
     """A division, of a model or from a bundle.
 
@@ -108,8 +154,9 @@ class Opened:
     example: Any = None
 
 
-def open_model(asked: Asked, progress: Progress, *, init: Start = Start.slice, seed: int = 0) -> Opened:
+def open_model(asked: Asked, progress: Progress, options: Options | None = None) -> Opened:
     """Load, trace and analyse a model."""
+    options = options or Options()
     with progress.step("load"):
         loaded = load_model(asked.target, entry=asked.entry, inputs=asked.inputs or ())
     with progress.step("trace and analyse"):
@@ -117,9 +164,12 @@ def open_model(asked: Asked, progress: Progress, *, init: Start = Start.slice, s
             loaded.model,
             loaded.args,
             loaded.kwargs,
-            k=2 if asked.k is None else asked.k,
-            init=init.value,
-            seed=seed,
+            k=asked.k,
+            shares=options.shares,
+            strategy=options.strategy.value,
+            fit=options.fit,
+            init=options.init.value,
+            seed=options.seed,
             outputs=asked.outputs or None,
         )
     example = None if loaded.args and loaded.kwargs else loaded.args or loaded.kwargs

@@ -15,16 +15,22 @@ from graphsplit.cli import console
 from graphsplit.cli.common import (
     Asked,
     Entry,
+    Fit,
     Force,
     Inputs,
     Json,
-    K,
     Model,
     Opened,
+    OptionalK,
+    Options,
     Outputs,
+    Shares,
     Start,
+    Strategy,
     Verbose,
+    Who,
     open_model,
+    parse_shares,
     refuse_taken,
 )
 from graphsplit.errors import VerificationError
@@ -40,7 +46,9 @@ Init = Annotated[
         "--init", help="Weights of the sub-models: slices of the model's, rescaled slices, or fresh ones."
     ),
 ]
-Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Of fresh weights.")]
+Seed = Annotated[
+    int, typer.Option("--seed", metavar="N", help="Of fresh weights, and of random and clustered units.")
+]
 NoVerify = Annotated[
     bool, typer.Option("--no-verify", help="Do not check that the pieces compute what they should.")
 ]
@@ -51,7 +59,10 @@ Merged = Annotated[bool, typer.Option("--merged", help="Also write the merged mo
 def partition(
     model: Model,
     out: Out,
-    k: K = 2,
+    k: OptionalK = None,
+    shares: Shares = None,
+    strategy: Strategy = Who.contiguous,
+    fit: Fit = None,
     entry: Entry = None,
     inputs: Inputs = None,
     keep_output: Outputs = None,
@@ -67,7 +78,8 @@ def partition(
     """Split a model by width into K sub-models, prove it, and write all of it as a bundle."""
     refuse_taken(out, force=force)
     progress = console.Progress()
-    opened = open_model(Asked(model, k, entry, inputs, keep_output), progress, init=init, seed=seed)
+    options = Options(parse_shares(shares), strategy, fit, init, seed)
+    opened = open_model(Asked(model, k, entry, inputs, keep_output), progress, options)
     divided = opened.partition
     with progress.step("slice"):
         submodels = divided.programs

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from graphsplit import bundle
 from graphsplit.analysis import Analysis, analyse
 from graphsplit.analysis.analysis import check_k
-from graphsplit.analysis.dealing import Strategy, check_shares, dealer_of, given
+from graphsplit.analysis.dealing import Strategy, check_shares, contiguous, dealer_of, given
 from graphsplit.bundle import PartitionBundle
 from graphsplit.emission import ProgramModule, emit
 from graphsplit.errors import PartitionError, PlanError
 from graphsplit.initialization import Init, initialise, refuse_nan
+from graphsplit.memory import parse_bytes, smallest_k
 from graphsplit.passes.merge import merge
 from graphsplit.passes.partition import extract
 from graphsplit.plan import PartitionPlan
@@ -112,6 +116,67 @@ class Partition:
         moved = after[1] if after[1] != before[1] else None
         return retarget_program(merged, before[0], after[0], moved)
 
+    def coarsen(
+        self, k: int, submodels: Sequence[nn.Module | Mapping[str, Tensor]] | None = None
+    ) -> Partition:
+        """Merge level by level: the division of the merged model into ``k``, each of several sub-models.
+
+        Sub-model ``j`` of the result is the exact merge of its share of the sub-models, the first K/k of them
+        and so on: its output is their mean. From K = 4 by 2 to 1: ``part.coarsen(2).merge()``.
+
+        Args:
+            k: Number of sub-models of the result; K is a multiple of it.
+            submodels: As for `merge`.
+
+        Raises:
+            PartitionError: K is no multiple of ``k``, or what was kept whole at K can be divided at ``k``.
+            PlanError: The sub-models do not belong to this plan.
+        """
+        check_k(k)
+        if self.k % k:
+            raise PartitionError(f"{self.k} sub-models cannot be merged into {k} of equal number")
+        states = self._states(submodels)
+        size = self.k // k
+        merged = [
+            merge(self.analysis, [s if part // size == number else None for part, s in enumerate(states)])
+            for number in range(k)
+        ]
+        parts = {state.name: state.merged_parts(self.k) for state in self.plan.state}
+        groups = {
+            name: [None if part is None else np.where(part < 0, -1, part // size) for part in dims]
+            for name, dims in parts.items()
+        }
+        try:
+            analysis = analyse(merged[0], k, None, given(groups) if k > 1 else contiguous)
+        except PlanError:
+            raise PartitionError(
+                f"the exact merge has other units at K = {k} than at K = {self.k}, so its levels do not nest",
+                hint="merge with duplicate=False and divide the merged model again",
+            ) from None
+        coarse = Partition(merged[0], analysis)
+        values = [{name: entry.tensor for name, entry in program.state.items()} for program in merged]
+        coarse.__dict__["programs"] = tuple(
+            extract(replace(analysis, program=merged[0].with_state(tensors)), number)
+            for number, tensors in enumerate(values)
+        )
+        return coarse
+
+    def kept_magnitude(self) -> float:
+        """The part of the weights' magnitude that lies inside the sub-models, between 0 and 1.
+
+        Counted over the parameters that join divided units to divided units; the rest are the cross weights,
+        which are in no sub-model.
+        """
+        inside = total = 0.0
+        for state in self.plan.state:
+            if state.kind != "parameter" or sum(cut is not None for cut in state.cuts) < 2:
+                continue
+            weight = self.program.state[state.name].tensor.detach().abs()
+            total += float(weight.sum(dtype=torch.float64))
+            for part in range(self.k):
+                inside += float(state.slice(weight, part).sum(dtype=torch.float64))
+        return inside / total if total else 1.0
+
     def verify(self, submodels: Sequence[nn.Module | Mapping[str, Tensor]] | None = None) -> Certificate:
         """Prove the partition in float64, with random values in every parameter and buffer.
 
@@ -177,6 +242,7 @@ def partition(
     shares: Sequence[float] | None = None,
     strategy: Strategy = "contiguous",
     data: Any = None,
+    fit: str | int | None = None,
     init: Init = "slice",
     seed: int = 0,
     plan: PartitionPlan | None = None,
@@ -193,6 +259,8 @@ def partition(
         strategy: Who goes where: ``"contiguous"`` (neighbours together), ``"interleaved"`` (in turn),
             ``"random"`` (by ``seed``), or for trained models ``"cluster"``, which keeps as much weight
             magnitude inside the sub-models as it can.
+        fit: Bytes (``"8GB"``) that one sub-model may take to train with Adam on the example's batch: the
+            smallest K that fits is chosen, in place of ``k``.
         data: Inputs like ``args``, by which ``"cluster"`` keeps units together that are active together.
         init: Weights of the sub-models: ``"slice"`` of the given ones, ``"rescale"`` (the same, scaled to the
             smaller fan-in), or ``"fresh"`` (drawn anew, with another seed for each).
@@ -205,6 +273,9 @@ def partition(
         TraceError, UnsupportedError, InputError: The model cannot be traced.
         PlanError: ``plan`` belongs to another model.
     """
+    if fit is not None and (k, shares, plan) != (None, None, None):
+        raise PartitionError("fit chooses K by itself: give no k, shares or plan beside it")
+    budget = None if fit is None else parse_bytes(fit)
     shares, k = _shares_and_k(shares, k, plan)
     deal = dealer_of(strategy, seed)  # before a trace that may take a while
     example = None
@@ -217,16 +288,25 @@ def partition(
         example = Example(model, *as_call(args, kwargs))
     if init not in ("slice", "rescale", "fresh"):
         raise PartitionError(f"init is {init!r}, expected 'slice', 'rescale' or 'fresh'")
+    if budget is not None:
+        shares, k = _shares_and_k(None, smallest_k(partial(_largest, program), budget), None)
     if data is not None:
         deal = dealer_of(strategy, seed, program.signature.flatten(*as_call(data, None)))
     if plan is not None and plan.k > 1:
         deal = given({state.name: state.parts(plan.k) for state in plan.state})
     analysis = analyse(program, k, shares, deal)
-    if plan is not None and plan != analysis.plan:
-        raise PlanError("the plan does not belong to this model", hint=_difference(plan, analysis.plan))
+    if plan is not None:
+        if plan.state != analysis.plan.state:
+            raise PlanError("the plan does not belong to this model", hint=_difference(plan, analysis.plan))
+        analysis = replace(analysis, plan=plan)  # it may name coarser axes, for the same slices
     if init != "fresh":
         refuse_nan(program)
     return Partition(program, analysis, init=init, seed=seed, example=example)
+
+
+def _largest(program: Program, k: int) -> list[Program]:
+    """The sub-models that may be the largest: units that are left over go to the first ones."""
+    return [extract(analyse(program, k), 0)]
 
 
 def _shares_and_k(
@@ -234,10 +314,11 @@ def _shares_and_k(
 ) -> tuple[tuple[float, ...], int]:
     if plan is not None:
         k, shares = plan.k, None
+    found = None if shares is None else check_shares(shares)
     if k is None:
-        k = 2 if shares is None else len(shares)
+        k = 2 if found is None else len(found)
     check_k(k)
-    return check_shares((1,) * k if shares is None else shares), k
+    return found or (1.0,) * k, k
 
 
 def _difference(wanted: PartitionPlan, found: PartitionPlan) -> str:

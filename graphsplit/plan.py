@@ -130,6 +130,17 @@ class StatePlan:
             found.append(parts)
         return found
 
+    def merged_parts(self, k: int) -> list[NDArray[np.int16] | None]:
+        """`parts` of the tensor in the exact merge, where copies of a ``stack`` stand one after the other."""
+        if self.merge != "stack":
+            return self.parts(k)
+        if self.stack_dim is None:
+            return [np.arange(k, dtype=np.int16), *(None for _ in self.shape)]
+        sizes = [self.local_shape(part)[self.stack_dim] for part in range(k)]
+        found: list[NDArray[np.int16] | None] = [None] * len(self.shape)
+        found[self.stack_dim] = np.repeat(np.arange(k, dtype=np.int16), sizes)
+        return found
+
     def grid(self, part: int, device: torch.device) -> Any:
         """An index expression for the share of sub-model ``part`` in the full tensor; None for all of it."""
         return _grid(self.indices(part), self.shape, device)
@@ -158,46 +169,46 @@ class StatePlan:
         shape[self.stack_dim] = sum(self.local_shape(part)[self.stack_dim] for part in range(k))
         return tuple(shape)
 
-    def merge_tensors(self, tensors: Sequence[Tensor], *, duplicate: bool) -> Tensor:
-        """One tensor from those of the sub-models.
+    def merge_tensors(self, tensors: Sequence[Tensor | None], *, duplicate: bool) -> Tensor:
+        """One tensor from those of the sub-models; of those that are None there is nothing in it.
 
         Raises:
             PlanError: A shape does not fit.
         """
         for part, tensor in enumerate(tensors):
-            if tuple(tensor.shape) != self.local_shape(part):
+            if tensor is not None and tuple(tensor.shape) != self.local_shape(part):
                 raise PlanError(
                     f"{self.name} of sub-model {part} has shape {tuple(tensor.shape)}, "
                     f"the plan says {self.local_shape(part)}",
                     hint="these weights belong to another model or another plan",
                 )
+        present = {part: tensor.detach() for part, tensor in enumerate(tensors) if tensor is not None}
+        first = next(iter(present.values()))
         if self.merge == "common":
-            if tensors[0].dim() == 0:
-                return torch.stack([tensor.detach() for tensor in tensors]).amax(0)
-            return tensors[0].detach().clone()
+            return torch.stack(list(present.values())).amax(0) if first.dim() == 0 else first.clone()
         if duplicate and self.merge == "stack":
-            copies = [tensor.detach() for tensor in tensors]
+            shapes = [self.local_shape(part) for part in range(len(tensors))]
+            copies = [present.get(part, first.new_zeros(shape)) for part, shape in enumerate(shapes)]
             return torch.stack(copies) if self.stack_dim is None else torch.cat(copies, self.stack_dim)
-        return self._sum(tensors)
+        total = self._sum(present)
+        return total * (self.scale * len(tensors) / len(present)) if self.scale != 1.0 else total
 
-    def _sum(self, tensors: Sequence[Tensor]) -> Tensor:
+    def _sum(self, tensors: Mapping[int, Tensor]) -> Tensor:
         """Every entry from the sub-model that holds it; averaged over several, or divided by K (eq. (1))."""
-        total = tensors[0].new_zeros(self.shape)
+        total = next(iter(tensors.values())).new_zeros(self.shape)
         counts = None
         if self.merge == "stack" or (self.merge == "place" and not self._disjoint()):
             counts = torch.zeros(self.shape, dtype=torch.int32, device=total.device)
-        for part, tensor in enumerate(tensors):
+        for part, tensor in tensors.items():
             index = self.grid(part, total.device)
             if index is None:
                 index = ...
-            total[index] += tensor.detach()
+            total[index] += tensor
             if counts is not None:
                 counts[index] += 1
         if self.merge == "average":
-            total = _divide(total, len(tensors))
-        elif counts is not None:
-            total = _divide(total, counts.clamp_min(1))
-        return total * self.scale if self.scale != 1.0 else total
+            return _divide(total, len(tensors))
+        return total if counts is None else _divide(total, counts.clamp_min(1))
 
     def _disjoint(self) -> bool:
         for cut in self.cuts:

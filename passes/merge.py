@@ -40,12 +40,15 @@ from graphsplit.program import TRAINING, Dim, Program, StateEntry, TensorMeta, m
 aten = torch.ops.aten
 
 
-def merge(analysis: Analysis, states: Sequence[Mapping[str, Tensor]], *, duplicate: bool = True) -> Program:
+def merge(
+    analysis: Analysis, states: Sequence[Mapping[str, Tensor] | None], *, duplicate: bool = True
+) -> Program:
     """One program from the weights of K sub-models.
 
     Args:
         analysis: How the model was divided.
-        states: For each sub-model every state tensor by name.
+        states: For each sub-model every state tensor by name; None leaves it out, and the output is the mean
+            of the others.
         duplicate: Exact: cross-unit ops and parameters of every sub-model's own are there K times. Otherwise
             the original graph with merged weights, which is exact only where there are none.
 
@@ -56,7 +59,7 @@ def merge(analysis: Analysis, states: Sequence[Mapping[str, Tensor]], *, duplica
     for plan in analysis.plan.state:
         if plan.kind == "constant":
             continue
-        values = [state[plan.name] for state in states]
+        values = [None if state is None else state[plan.name] for state in states]
         if duplicate and plan.merge == "stack" and not plan.can_stack(analysis.k):
             raise PartitionError(
                 f"{plan.name} is held by every sub-model in another shape, so an exact merge cannot stack it",
@@ -67,7 +70,8 @@ def merge(analysis: Analysis, states: Sequence[Mapping[str, Tensor]], *, duplica
     if not duplicate:
         return _with(program, program.graphs, tensors, {})
     constants: dict[str, StateEntry] = {}
-    graphs = tuple(_Merge(analysis, GraphBuilder(constants)).run(graph) for graph in program.graphs)
+    present = sum(state is not None for state in states)
+    graphs = tuple(_Merge(analysis, GraphBuilder(constants), present).run(graph) for graph in program.graphs)
     return _with(program, graphs, tensors, constants)
 
 
@@ -92,6 +96,7 @@ class _Merge:
 
     analysis: Analysis
     build: GraphBuilder
+    present: int
     full: dict[fx.Node, fx.Node] = field(default_factory=dict)
     parts: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
     means: dict[fx.Node, fx.Node] = field(default_factory=dict)
@@ -143,11 +148,11 @@ class _Merge:
             self.full[node] = self.build.call(node.target, args, node.meta.get("value"), kwargs, node.name)
 
     def _divided(self, node: fx.Node, args: Any) -> tuple[Any, ...]:
-        """Arguments of an output layer whose weight is tied, the first factor divided by K."""
+        """Arguments of an output layer whose weight is tied, the first factor divided by their number."""
         place = 1 if op_name(node) in ("addmm.default", "baddbmm.default", "einsum.default") else 0
         given: Any = args[place]
         factor: fx.Node = given[0] if isinstance(given, (list, tuple)) else given
-        small = self.build.call(aten.mul.Tensor, (factor, 1.0 / self.analysis.k), factor.meta["value"])
+        small = self.build.call(aten.mul.Tensor, (factor, 1.0 / self.present), factor.meta["value"])
         swapped = [small, *given[1:]] if isinstance(given, (list, tuple)) else small
         return (*args[:place], swapped, *args[place + 1 :])
 

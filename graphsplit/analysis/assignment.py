@@ -96,7 +96,8 @@ def _divide(inference: Inference, shares: tuple[float, ...], deal: Dealer) -> As
     counts: list[tuple[int, ...]] = [()] * len(groups)
     for number, parts in zip(wide, dealt, strict=True):
         part_of_unit[groups[number]] = parts
-        counts[number] = tuple(np.bincount(parts, minlength=k).tolist())
+        if parts[0] != SHARED_PART:
+            counts[number] = tuple(np.bincount(parts, minlength=k).tolist())
     members: list[list[tuple[int, str]]] = [[] for _ in groups]
     for ids, places in occurrences:
         held = np.bincount(axis_of_unit[labels[ids]] + 1, minlength=len(groups) + 1)[1:]

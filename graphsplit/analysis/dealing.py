@@ -1,7 +1,8 @@
 """Who goes where: the units of every axis are dealt out to K sub-models.
 
-A dealer is given all axes at once, as a `Deck`, and returns for each axis the sub-model of every unit. That
-is all it decides; which units there are is known before, and slices follow from it.
+A dealer is given all axes at once, as a `Deck`, and returns for each axis the sub-model of every unit (-1 for
+all of an axis that is to be kept whole). That is all it decides; which units there are is known before, and
+slices follow from it.
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ def random(seed: int) -> Dealer:
 def given(parts_of: Mapping[str, Sequence[Parts | None]]) -> Dealer:
     """As the dimensions of the state say: for each tensor and dimension the sub-model of every index.
 
-    Entries below zero are not known, or belong to all.
+    Entries below zero are not known, or belong to all; an axis of which nothing is known is kept whole.
     """
 
     def deal(deck: Deck) -> list[Parts]:
@@ -149,12 +150,12 @@ def given(parts_of: Mapping[str, Sequence[Parts | None]]) -> Dealer:
                 known = parts >= 0
                 part_of_unit[deck.labels[ids[known]]] = parts[known]
         dealt = [part_of_unit[units] for units in deck.axes]
-        for parts in dealt:
-            if set(np.unique(parts).tolist()) != set(range(deck.k)):
-                raise PlanError(
-                    "the plan does not belong to this model",
-                    hint="it deals out other units than the model has",
-                )
+        held = [set(np.unique(parts).tolist()) for parts in dealt]
+        if set(range(deck.k)) not in held or any(here not in ({-1}, set(range(deck.k))) for here in held):
+            raise PlanError(
+                "the plan does not belong to this model",
+                hint="it deals out other units than the model has",
+            )
         return dealt
 
     return deal
