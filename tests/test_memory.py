@@ -26,7 +26,10 @@ def kept_by_autograd(model: nn.Module, inputs: tuple[Tensor, ...]) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = model(*inputs)
-    for tensor in (*inputs, *(output if isinstance(output, tuple) else (output,))):
+    for tensor in (
+        *inputs,
+        *(t for t in (output if isinstance(output, tuple) else (output,)) if t is not None),
+    ):
         pack(tensor)
     return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
