@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from graphsplit.errors import LoadError
+from graphsplit.errors import LoadError, first_line
 
 BATCH = 2
 LENGTH = 16
@@ -188,7 +188,7 @@ def _package(name: str, prefix: str) -> ModuleType:
         ) from error
     except ImportError as error:
         raise LoadError(
-            f"{name} cannot be imported: {_first_line(error)}", hint=f"install {name} anew"
+            f"{name} cannot be imported: {first_line(error)}", hint=f"install {name} anew"
         ) from error
 
 
@@ -223,13 +223,9 @@ def _refusing(spec: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise LoadError(
-            f"{spec} cannot be built: {type(error).__name__}: {_first_line(error)}",
+            f"{spec} cannot be built: {type(error).__name__}: {first_line(error)}",
             hint="change its options or its configuration",
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 # Memory
@@ -355,7 +351,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise LoadError(f"cannot read {path}: {_first_line(error)}", hint="is it a config.json?") from error
+        raise LoadError(f"cannot read {path}: {first_line(error)}", hint="is it a config.json?") from error
     if not isinstance(data, dict) or "model_type" not in data:
         raise LoadError(
             f"{path} has no model_type",
