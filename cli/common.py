@@ -45,7 +45,10 @@ def _set_verbose(ctx: typer.Context, wanted: bool) -> None:
         ctx.obj.verbose = wanted
 
 
-_MODEL_HELP = "A Python file that defines `model` and `example_inputs`, or package.module:attribute"
+_MODEL_HELP = (
+    "A Python file that defines `model` and `example_inputs`, package.module:attribute, or a name of an "
+    "installed package with random weights: hf:CONFIG.json, hf:TYPE, hf:CLASS, timm:NAME, torchvision:NAME"
+)
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=f"{_MODEL_HELP}.", show_default=False)]
 Target = Annotated[
@@ -102,13 +105,14 @@ Verbose = Annotated[
 
 @dataclass(frozen=True)
 class Asked:
-    """A model or bundle as the user named it."""
+    """A model or bundle as the user named it; ``allow_meta`` where weights are not needed."""
 
     target: str
     k: int | None = None
     entry: str | None = None
     inputs: Sequence[str] | None = None
     outputs: Sequence[str] | None = None
+    allow_meta: bool = False
 
     @property
     def is_bundle(self) -> bool:
@@ -158,7 +162,9 @@ def open_model(asked: Asked, progress: Progress, options: Options | None = None)
     """Load, trace and analyse a model."""
     options = options or Options()
     with progress.step("load"):
-        loaded = load_model(asked.target, entry=asked.entry, inputs=asked.inputs or ())
+        loaded = load_model(
+            asked.target, entry=asked.entry, inputs=asked.inputs or (), allow_meta=asked.allow_meta
+        )
     with progress.step("trace and analyse"):
         divided = partition(
             loaded.model,
@@ -170,7 +176,7 @@ def open_model(asked: Asked, progress: Progress, options: Options | None = None)
             fit=options.fit,
             init=options.init.value,
             seed=options.seed,
-            outputs=asked.outputs or None,
+            outputs=asked.outputs or loaded.outputs,
         )
     example = None if loaded.args and loaded.kwargs else loaded.args or loaded.kwargs
     return Opened(divided, asked.target, example=example)

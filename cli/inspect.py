@@ -20,7 +20,7 @@ def inspect(
 
     Nothing is written.
     """
-    opened = open_either(Asked(target, k, entry, inputs, keep_output), console.Progress())
+    opened = open_either(Asked(target, k, entry, inputs, keep_output, allow_meta=True), console.Progress())
     report = model_report(opened.partition.analysis)
     if as_json:
         console.json({"origin": opened.origin, **report})

@@ -45,7 +45,7 @@ def run(
     with progress.step("load"):
         loaded = load_model(model, entry=entry, inputs=inputs or ())
     with progress.step("trace"):
-        program = trace(loaded.model, loaded.args, loaded.kwargs, outputs=keep_output or None)
+        program = trace(loaded.model, loaded.args, loaded.kwargs, outputs=keep_output or loaded.outputs)
     with progress.step("run"):
         result = passes(program)
     if out is not None:

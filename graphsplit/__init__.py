@@ -3,6 +3,7 @@
 from graphsplit import errors
 from graphsplit._api import Partition, export_onnx, load, partition, save
 from graphsplit.emission import ProgramModule, emit
+from graphsplit.loading import load_model
 from graphsplit.plan import PartitionPlan
 from graphsplit.program import Program
 from graphsplit.tracing import trace
@@ -20,6 +21,7 @@ __all__ = [
     "errors",
     "export_onnx",
     "load",
+    "load_model",
     "partition",
     "save",
     "trace",

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from graphsplit.emission import ProgramModule, emit
 from graphsplit.errors import PartitionError, PlanError
 from graphsplit.initialization import Init, initialise, refuse_nan
 from graphsplit.memory import parse_bytes, smallest_k
+from graphsplit.module_emission import FORMS, emit_modules
 from graphsplit.passes.merge import merge
 from graphsplit.passes.partition import extract
 from graphsplit.plan import PartitionPlan
@@ -32,6 +33,8 @@ from graphsplit.verification import Certificate, Example, certify
 
 if TYPE_CHECKING:
     from graphsplit.onnx_export import OnnxReport
+
+Form = Literal["graph", "module"]
 
 
 class Partition:
@@ -51,6 +54,7 @@ class Partition:
         init: Init = "slice",
         seed: int = 0,
         example: Example | None = None,
+        form: Form = "graph",
     ) -> None:
         self.program = program
         self.analysis = analysis
@@ -58,6 +62,7 @@ class Partition:
         self._init: Init = init
         self._seed = seed
         self._example = example
+        self._form: Form = form
 
     @property
     def k(self) -> int:
@@ -73,8 +78,14 @@ class Partition:
         )
 
     @cached_property
-    def submodels(self) -> list[ProgramModule]:
-        """The K sub-models: independent modules with the original parameter names, in train mode."""
+    def submodels(self) -> list[nn.Module]:
+        """The K sub-models: independent modules with the original parameter names, in train mode.
+
+        They run the graph, or are of the user's own class where ``emit="module"`` asked for it.
+        """
+        if self._form == "module":
+            assert self._example is not None
+            return emit_modules(self.analysis, self.programs, self._example)
         return [emit(program) for program in self.programs]
 
     def current_programs(self) -> tuple[Program, ...]:
@@ -247,6 +258,7 @@ def partition(
     seed: int = 0,
     plan: PartitionPlan | None = None,
     outputs: Sequence[str] | None = None,
+    emit: Form = "graph",
 ) -> Partition:
     """Divide a model by width into K complete sub-networks (Miranda & Von Zuben, arXiv 1511.02954).
 
@@ -267,6 +279,8 @@ def partition(
         seed: For ``"fresh"``, ``"random"`` and ``"cluster"``.
         plan: Only accept the division of this plan, made earlier for the same model.
         outputs: Names of the outputs to keep, as for `trace`.
+        emit: What `submodels` are: modules that run their ``"graph"``, or ``"module"``: copies of the user's
+            own with narrower layers, proved equal to the graph form.
 
     Raises:
         PartitionError: K or the shares do not fit, or nothing can be divided.
@@ -278,6 +292,13 @@ def partition(
     budget = None if fit is None else parse_bytes(fit)
     shares, k = _shares_and_k(shares, k, plan)
     deal = dealer_of(strategy, seed)  # before a trace that may take a while
+    if emit not in FORMS:
+        raise PartitionError(f"emit is {emit!r}, expected 'graph' or 'module'")
+    if emit == "module" and isinstance(model, Program):
+        raise PartitionError(
+            "emit='module' needs the user's own module, and a traced program was given",
+            hint="give the module and example inputs",
+        )
     example = None
     if isinstance(model, Program):
         program = model
@@ -301,7 +322,10 @@ def partition(
         analysis = replace(analysis, plan=plan)  # it may name coarser axes, for the same slices
     if init != "fresh":
         refuse_nan(program)
-    return Partition(program, analysis, init=init, seed=seed, example=example)
+    divided = Partition(program, analysis, init=init, seed=seed, example=example, form=emit)
+    if emit == "module":
+        _ = divided.submodels  # refused now, or never
+    return divided
 
 
 def _largest(program: Program, k: int) -> list[Program]:

@@ -103,3 +103,8 @@ class InternalError(GraphsplitError):
     """A bug in graphsplit: please report it with the message."""
 
     exit_code = 70
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message, or the name of its class where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

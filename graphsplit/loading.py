@@ -1,5 +1,7 @@
 """`load_model`: a Python file, or a name in a package, as a module and the inputs to call it with.
 
+Names are ``package.module:attribute``, or those of `graphsplit.named_models`: ``hf:bert``, ``timm:resnet18``.
+
 The file defines ``model`` (a module, or a class or function without arguments that gives one) and
 ``example_inputs`` (a tensor, a tuple by position, a dict by keyword, or a function without arguments that
 gives one of them).
@@ -27,6 +29,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from graphsplit import named_models
 from graphsplit.errors import InputError, LoadError, UserCodeError
 from graphsplit.signature import as_call
 
@@ -51,7 +54,9 @@ class Loaded:
         args: Example inputs by position.
         kwargs: Example inputs by keyword.
         name: A short name: of the file, or of the attribute where it is not ``model``.
-        origin: Where the model came from, ``path/to/file.py:attribute`` or ``package.module:attribute``.
+        origin: Where the model came from: ``path/to/file.py:attribute``, ``package.module:attribute``, or its
+            name in a package.
+        outputs: What to keep of the outputs where nothing else is asked for; None for all of them.
     """
 
     model: nn.Module
@@ -59,24 +64,34 @@ class Loaded:
     kwargs: dict[str, Any]
     name: str
     origin: str
+    outputs: tuple[str, ...] | None = None
 
 
-def load_model(spec: str, *, entry: str | None = None, inputs: Sequence[str] = ()) -> Loaded:
+def load_model(
+    spec: str, *, entry: str | None = None, inputs: Sequence[str] = (), allow_meta: bool = False
+) -> Loaded:
     """Load a model and its example inputs.
 
     A file is run under a name of its own, with its folder first on ``sys.path``; both stay, because classes
     are looked up, and modules imported, later too. What it prints goes to stderr.
 
     Args:
-        spec: A path to a Python file, or ``package.module:attribute``.
-        entry: The attribute that is the model, or gives it, in place of ``model``.
+        spec: A path to a Python file, ``package.module:attribute``, or a name of an installed package with
+            random weights: ``hf:`` (a config.json, a model type or a class), ``timm:``, ``torchvision:``.
+        entry: The attribute that is the model, or gives it, in place of ``model``; for ``hf:`` the class.
         inputs: Example inputs in place of those of the file, each as ``[name=]SHAPE[:dtype[:bound]]``:
             ``2x3x32x32``, ``2x16:int64``, ``mask=2x16:bool``. See `make_input`.
+        allow_meta: Give what memory does not hold on the meta device, without weights.
 
     Raises:
         LoadError: The file, the model or the inputs cannot be used.
         UserCodeError: (a `LoadError`) The user's code raised an exception.
     """
+    if named_models.is_name(spec):
+        given = make_inputs(inputs) if inputs else None
+        named = named_models.build(spec, entry=entry, given=given, allow_meta=allow_meta)
+        name = type(named.model).__name__
+        return Loaded(named.model, named.args, named.kwargs, name, spec, named.outputs)
     attribute = None
     if spec.endswith(".py") or "/" in spec or (spec and Path(spec).exists()):
         module, place, name = _run_file(_checked_path(spec)), spec, Path(spec).stem
@@ -92,7 +107,7 @@ def load_model(spec: str, *, entry: str | None = None, inputs: Sequence[str] = (
     return Loaded(model, args, kwargs, name if wanted == MODEL else wanted, f"{place}:{wanted}")
 
 
-_SPEC_HINT = "give the path of a Python file, or package.module:attribute"
+_SPEC_HINT = "give the path of a Python file, package.module:attribute, or a name such as hf:bert"
 
 
 # Running the user's code

@@ -40,7 +40,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from graphsplit.emission import ProgramModule, emit
-from graphsplit.errors import InputError, UnsupportedError, UserError, VerificationError
+from graphsplit.errors import InputError, UnsupportedError, UserError, VerificationError, first_line
 from graphsplit.program import TRAINING, Dim, Program, StateEntry, TensorMeta, op_name, source_of
 from graphsplit.signature import Outputs, Signature, as_call
 
@@ -409,7 +409,7 @@ class _Model:
                 )
         except Exception as error:
             raise UnsupportedError(
-                f"torch.export cannot trace the program again: {_first_line(error)}", hint=_REPORT
+                f"torch.export cannot trace the program again: {first_line(error)}", hint=_REPORT
             ) from error
 
     def cases(self, example: Any) -> tuple[list[_Case], list[str]]:
@@ -455,7 +455,7 @@ class _Model:
         try:
             return _Case(tensors, self._sizes(tensors), self.run(tensors))
         except Exception as error:
-            return _first_line(error)
+            return first_line(error)
 
     def _sizes(self, tensors: Sequence[Tensor]) -> dict[str, int]:
         sizes = {}
@@ -601,7 +601,7 @@ def _explain(program: Program, error: BaseException) -> UnsupportedError:
     chain = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
-    reason = _first_line(chain[-1])
+    reason = first_line(chain[-1])
     text = "\n".join(str(link) for link in chain)
     found = re.search(r"op='(\w+)\.(\w+)'", text) or re.search(r"target=torch\.ops\.(\w+)\.(\w+)", text)
     if found is None:
@@ -617,10 +617,6 @@ def _explain(program: Program, error: BaseException) -> UnsupportedError:
 
 
 _OTHER_OPS = "write this part of the model with other ops, or leave it out of the export"
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _rename(file: onnx_ir.Model, model: _Model) -> None:
@@ -689,7 +685,7 @@ def _save(file: onnx_ir.Model, path: Path) -> None:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise VerificationError(
-            f"the ONNX file is not valid: {_first_line(error)}", hint="please report it with the model"
+            f"the ONNX file is not valid: {first_line(error)}", hint="please report it with the model"
         ) from error
 
 
@@ -748,7 +744,7 @@ def _session(path: Path) -> Any:
     except Exception as error:
         no_kernel = type(error).__name__ == "NotImplemented"
         raise UnsupportedError(
-            f"ONNX Runtime cannot run the model: {_first_line(error)}",
+            f"ONNX Runtime cannot run the model: {first_line(error)}",
             hint="its kernels are for float32 first: convert the model with .float()"
             if no_kernel
             else _REPORT,
@@ -760,7 +756,7 @@ def _run(session: Any, feed: Mapping[str, NDArray[Any]], sizes: Mapping[str, int
         return list(session.run(None, feed))
     except Exception as error:
         raise VerificationError(
-            f"the ONNX file does not run at {_format(sizes)}: {_first_line(error)}", hint=_REPORT
+            f"the ONNX file does not run at {_format(sizes)}: {first_line(error)}", hint=_REPORT
         ) from error
 
 

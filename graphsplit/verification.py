@@ -150,12 +150,12 @@ def certify(
         rows += _emitted_equals_model(program, example)
     programs = [in_double(submodel(part)) for part in range(k)]
     generator = torch.Generator().manual_seed(0)
-    randoms = [_random_own(program, analysis, generator) for program in programs]
+    randoms = [random_own(program, analysis, generator) for program in programs]
     rows.append(_every_entry_once(analysis))
     rows += _places(analysis, randoms)
-    inputs = _inputs(program.signature, example)
+    inputs = flat_inputs(program.signature, example)
     batches = [("", inputs)]
-    other = _other_batch(program.signature, inputs)
+    other = other_batch(program.signature, inputs)
     if other is not None:
         batches.append((", another batch size", other))
     exact, plain = in_double(merge(randoms, True)), in_double(merge(randoms, False))
@@ -174,7 +174,7 @@ def certify(
     return Certificate(tuple(rows))
 
 
-def _random_own(program: Program, analysis: Analysis, generator: torch.Generator) -> dict[str, Tensor]:
+def random_own(program: Program, analysis: Analysis, generator: torch.Generator) -> dict[str, Tensor]:
     """Random values for what a sub-model has for itself; common buffers keep theirs."""
     drawn = random_state(program, generator)
     own = {plan.name for plan in analysis.plan.state if plan.merge != "common"}
@@ -301,7 +301,7 @@ def _emitted_equals_model(program: Program, example: Example) -> list[Row]:
                 torch.manual_seed(0)
                 found = module(*args, **kwargs)
             outputs = program.signature.outputs[0 if mode == "train" else -1]
-            error = _tree_error(outputs, found, expected)
+            error = tree_error(outputs, found, expected)
             after = dict(module.named_buffers())
             buffers = [name for name, _ in model.named_buffers() if name in after]
             for name in buffers:
@@ -359,7 +359,7 @@ def _gradients(values: Sequence[Any], state: Mapping[str, Tensor]) -> dict[str, 
     }
 
 
-def _tree_error(outputs: Outputs, found: Any, expected: Any) -> float:
+def tree_error(outputs: Outputs, found: Any, expected: Any) -> float:
     """Largest error over the outputs that were kept."""
     theirs = _kept(outputs, expected)
     ours = [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor)]
@@ -377,7 +377,7 @@ def _own(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
-def _inputs(signature: Signature, example: Example | None) -> list[Tensor]:
+def flat_inputs(signature: Signature, example: Example | None) -> list[Tensor]:
     """Inputs in float64: the example's, or random ones of the traced sizes."""
     if example is not None:
         leaves = pytree.tree_leaves((example.args, example.kwargs))
@@ -394,7 +394,7 @@ def random_input(meta: TensorMeta, generator: torch.Generator) -> Tensor:
     return torch.randint(0, 2, meta.shape, generator=generator).to(meta.dtype)
 
 
-def _other_batch(signature: Signature, inputs: Sequence[Tensor]) -> list[Tensor] | None:
+def other_batch(signature: Signature, inputs: Sequence[Tensor]) -> list[Tensor] | None:
     """The same inputs with one example more; None where the batch is fixed."""
     symbols = {
         dim.symbol
