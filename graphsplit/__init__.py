@@ -1,7 +1,7 @@
 """graphsplit: a compiler that splits neural networks."""
 
 from graphsplit import errors
-from graphsplit._api import Partition, export_onnx, load, partition, save
+from graphsplit._api import Partition, draw, export_onnx, load, partition, save
 from graphsplit.emission import ProgramModule, emit
 from graphsplit.plan import PartitionPlan
 from graphsplit.program import Program
@@ -16,6 +16,7 @@ __all__ = [
     "PartitionPlan",
     "Program",
     "ProgramModule",
+    "draw",
     "emit",
     "errors",
     "export_onnx",
