@@ -2,26 +2,48 @@
 // Places come from `place` below, which does what layout.py does; rows and ties were made there.
 "use strict";
 (() => {
-  const { boxes: entries, sizes } = JSON.parse(document.getElementById("layout").textContent);
+  const { boxes: entries, sizes } = JSON.parse(document.getElementById("data").textContent);
   const figure = document.querySelector("svg.graphsplit");
   const canvas = document.getElementById("canvas");
   const details = document.getElementById("details");
   const search = document.getElementById("search");
   const found = document.getElementById("found");
-  const ways = (element) => [...element.querySelectorAll(":scope > .inside > .way")];
 
-  const boxes = [...figure.querySelectorAll(".box")].map((element, number) => {
-    const [role, head, children, nets, rows, ties] = entries[number];
-    const known = element.querySelector(":scope > desc").textContent;
-    return { element, number, role, head, children, nets, rows, ties, known, parent: null };
+  const boxes = entries.map(([role, known, head, children, nets, rows, ties, content]) => {
+    return { role, known, head, children, nets, rows, ties, content, isOpen: false, parent: null };
   });
   for (const box of boxes) {
     box.children = (box.children || []).map((number) => boxes[number]);
     box.children.forEach((child) => (child.parent = box));
-    box.isOpen = box.element.classList.contains("open");
-    box.element.dataset.box = box.number;
   }
   const root = boxes[0];
+  const boxOf = new Map();
+
+  // Tie a box to its element, and those in it to theirs, as far as they have one.
+  function adopt(box, element) {
+    box.element = element;
+    boxOf.set(element, box);
+    [box.card, box.inside] = element.children;
+    if (box.children.length && box !== root) handle(box, box.card);
+    if (box.inside) enter(box);
+  }
+
+  function enter(box) {
+    [box.frame, box.bar] = box.inside.children;
+    box.isOpen = box.element.classList.contains("open");
+    if (box !== root) handle(box, box.bar);
+    const parts = [...box.inside.children].slice(2);
+    box.ways = parts.slice(0, box.nets.length);
+    parts.slice(box.nets.length).forEach((part, place) => adopt(box.children[place], part));
+  }
+
+  function handle(box, element) {
+    element.setAttribute("tabindex", "0");
+    element.setAttribute("role", "button");
+    element.setAttribute("aria-expanded", element === box.bar);
+  }
+
+  adopt(root, figure.querySelector(".box"));
 
   // Layout
 
@@ -128,12 +150,10 @@
         lines[net] += curve(x, bottoms[rank], end, tops[rank + 1]);
       }
     });
-    ways(box.element).forEach((way, net) => way.setAttribute("d", lines[net]));
-    const inside = box.element.querySelector(":scope > .inside");
-    inside.querySelector(".frame").setAttribute("height", text(box.height));
-    for (const rect of [inside.querySelector(".frame"), inside.querySelector(".bar")]) {
-      rect.setAttribute("width", text(box.width));
-    }
+    box.ways.forEach((way, net) => way.setAttribute("d", lines[net]));
+    box.frame.setAttribute("height", text(box.height));
+    box.frame.setAttribute("width", text(box.width));
+    box.bar.firstElementChild.setAttribute("width", text(box.width));
   }
 
   function move(box, x, y) {
@@ -154,12 +174,14 @@
 
   function set(box, isOpen) {
     if (!box.children.length || box === root) return;
+    if (isOpen && !box.inside) {
+      box.element.insertAdjacentHTML("beforeend", box.content);
+      box.inside = box.element.lastElementChild;
+      enter(box);
+    }
     box.isOpen = isOpen;
     box.element.classList.toggle("open", isOpen);
     box.element.classList.toggle("closed", !isOpen);
-    for (const handle of box.element.querySelectorAll(":scope > .card, :scope > .inside > .head")) {
-      handle.setAttribute("aria-expanded", isOpen);
-    }
   }
 
   // Lay out again; the box stays where it is on the screen.
@@ -180,14 +202,11 @@
   function toggle(box) {
     set(box, !box.isOpen);
     refresh(box);
-    const handle = box.element.querySelector(box.isOpen ? ".head" : ".card");
-    if (document.activeElement.closest(".box")) handle.focus({ preventScroll: true });
+    if (document.activeElement.closest(".box")) shown(box).focus({ preventScroll: true });
   }
 
-  const boxAt = (target) => {
-    const element = target.closest && target.closest(".box");
-    return element && boxes[element.dataset.box];
-  };
+  const shown = (box) => (box.isOpen ? box.bar : box.card);
+  const boxAt = (target) => boxOf.get(target.closest(".box"));
 
   let dragged = false;
   figure.addEventListener("click", (event) => {
@@ -223,10 +242,9 @@
     details.lastChild.textContent = rest.join("\n");
     if (!box.parent) return;
     const place = box.parent.children.indexOf(box);
-    const lines = ways(box.parent.element);
     for (const ties of box.parent.ties) {
       for (const [upper, lower, net] of ties) {
-        if (upper === place || lower === place) lines[net].classList.add("lit");
+        if (upper === place || lower === place) box.parent.ways[net].classList.add("lit");
       }
     }
   }
@@ -237,25 +255,28 @@
 
   let hits = [];
   let hit = -1;
+  function mark() {
+    const wanted = new Set(hits);
+    boxOf.forEach((box, element) => {
+      element.classList.toggle("hit", wanted.has(box));
+      element.classList.toggle("current", box === hits[hit]);
+    });
+  }
   search.addEventListener("input", () => {
     const words = search.value.trim().toLowerCase();
     hits = words ? boxes.filter((box) => box.parent && box.known.toLowerCase().includes(words)) : [];
     hit = -1;
-    for (const box of boxes) {
-      box.element.classList.remove("current");
-      box.element.classList.toggle("hit", hits.includes(box));
-    }
+    mark();
     found.textContent = words ? `${hits.length} found` : "";
   });
   search.addEventListener("keydown", (event) => {
     if (event.key !== "Enter" || !hits.length) return;
-    if (hit >= 0) hits[hit].element.classList.remove("current");
     hit = (hit + (event.shiftKey ? hits.length - 1 : 1) + (hit < 0 && event.shiftKey)) % hits.length;
     const box = hits[hit];
     for (let above = box.parent; above; above = above.parent) set(above, true);
     refresh();
-    box.element.classList.add("current");
-    const handle = box.element.querySelector(box.isOpen ? ".head" : ".card").getBoundingClientRect();
+    mark();
+    const handle = shown(box).getBoundingClientRect();
     const view = canvas.getBoundingClientRect();
     canvas.scrollBy(
       handle.left + handle.width / 2 - view.left - view.width / 2,
@@ -307,14 +328,7 @@
   });
   window.addEventListener("pointerup", () => (grip = null));
 
-  for (const box of boxes) {
-    if (!box.children.length || box === root) continue;
-    for (const handle of box.element.querySelectorAll(":scope > .card, :scope > .inside > .head")) {
-      handle.setAttribute("tabindex", "0");
-      handle.setAttribute("role", "button");
-    }
-    set(box, box.isOpen);
-  }
-  refresh();
+  root.width = figure.viewBox.baseVal.width - 2 * sizes.pad;
+  root.height = figure.viewBox.baseVal.height - 2 * sizes.pad;
   canvas.scrollTo(Math.max(0, (canvas.scrollWidth - canvas.clientWidth) / 2), 0);
 })();

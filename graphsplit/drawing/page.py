@@ -8,11 +8,24 @@ import json
 from importlib import resources
 from typing import Any
 
-from graphsplit.drawing.layout import CARD, GAP, HEAD, LANE, PAD, PILL, grid, head_width, place
+from graphsplit.drawing.layout import (
+    CARD,
+    GAP,
+    HEAD,
+    LANE,
+    PAD,
+    PILL,
+    Placed,
+    card_size,
+    grid,
+    head_width,
+    place,
+)
 from graphsplit.drawing.outline import LOOKS, Box, Outline
 from graphsplit.drawing.svg import (
     STYLE,
     drawing,
+    inside,
     looks,
     open_boxes,
     part_sample,
@@ -36,7 +49,8 @@ def page(outline: Outline, depth: int | None = None) -> str:
     script = _file("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    placed = place(outline.root, open_boxes(outline.root, depth, BUDGET).__contains__)
+    opened = open_boxes(outline.root, depth, BUDGET)
+    placed = place(outline.root, opened.__contains__)
     placed.x = placed.y = PAD
     size = f"{placed.width + 2 * PAD:.1f}", f"{placed.height + 2 * PAD:.1f}"
     name = text(outline.model)
@@ -51,10 +65,10 @@ def page(outline: Outline, depth: int | None = None) -> str:
         '<div id="canvas" tabindex="-1">'
         f'<svg xmlns="http://www.w3.org/2000/svg" class="graphsplit" width="{size[0]}" height="{size[1]}" '
         f'viewBox="0 0 {size[0]} {size[1]}" role="group" aria-label="{name}">',
-        *drawing(placed, "desc", hidden=True),
+        *drawing(placed, details=False),
         "</svg></div>",
         f"<aside>{_aside(outline)}</aside>",
-        f'<script type="application/json" id="layout">{_layout(outline.root)}</script>',
+        f'<script type="application/json" id="data">{_data(outline.root, opened)}</script>',
         f"<script>{script}</script>",
         "</body></html>\n",
     ]
@@ -99,19 +113,28 @@ def _list(rows: list[tuple[str, str]]) -> str:
     return f"<dl>{''.join(items)}</dl>"
 
 
-def _layout(root: Box) -> str:
-    """What the script needs to place boxes, in the order in which they stand in the file."""
+def _data(root: Box, opened: set[Box]) -> str:
+    """What the script needs to know of every box, outer ones first, and what closed ones show when opened."""
     numbers = {box: number for number, box in enumerate(root.boxes())}
     entries: list[list[Any]] = []
     for box in numbers:
-        entry: list[Any] = [box.role]
+        entry: list[Any] = [box.role, "\n".join(box.details)]
         if box.children:
             cells = grid(box)
             children = [numbers[child] for child in box.children]
-            entry += [head_width(box), children, [net.value for net in box.nets], cells.rows, cells.ties]
+            content = None if box in opened else "".join(inside(_blank(box), details=False))
+            values = [net.value for net in box.nets]
+            entry += [head_width(box), children, values, cells.rows, cells.ties, content]
         entries.append(entry)
     sizes = {"card": CARD, "pill": PILL, "gap": GAP, "lane": LANE, "pad": PAD, "head": HEAD}
-    return json.dumps({"sizes": sizes, "boxes": entries}, separators=(",", ":"))
+    data = json.dumps({"sizes": sizes, "boxes": entries}, separators=(",", ":"))
+    return data.replace("<", "\\u003c")  # nothing in it ends the script
+
+
+def _blank(box: Box) -> Placed:
+    """An open box before the script places what is in it."""
+    children = tuple(Placed(child, False, *card_size(child)) for child in box.children)
+    return Placed(box, True, 0, 0, children=children, ways=("",) * len(box.nets))
 
 
 def _file(name: str) -> str:

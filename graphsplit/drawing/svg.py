@@ -73,7 +73,7 @@ def figure(outline: Outline, depth: int | None = None, budget: int = BUDGET) -> 
             f"<style>{STYLE}</style>",
             '<rect class="paper" width="100%" height="100%"/>',
             *head,
-            *drawing(placed, "title", hidden=False),
+            *drawing(placed, details=True),
             "</svg>\n",
         ]
     )
@@ -105,26 +105,29 @@ def _folded(box: Box) -> Box:
 # Boxes
 
 
-def drawing(placed: Placed, tag: str, *, hidden: bool) -> Iterator[str]:
-    """A box and all that is in it.
+def drawing(placed: Placed, *, details: bool) -> Iterator[str]:
+    """A box as it is shown, and all that is shown in it.
 
     Args:
         placed: The box with its place.
-        tag: The element that holds its details: ``title`` is shown by viewers of SVG, ``desc`` is not.
-        hidden: Also write what is shown when a closed box is opened, and the card of an open one.
+        details: Also write what is known of it, which viewers show beside the pointer. Without, an open box
+            has its card, too, which a style hides as long as it is open.
     """
     box = placed.box
     state = " open" if placed.is_open else " closed" if box.children else ""
     spot = "" if placed.x == placed.y == 0 else f' transform="translate({placed.x:.1f} {placed.y:.1f})"'
-    yield f'<g class="box {box.role}{state}"{spot}><{tag}>{text(chr(10).join(box.details))}</{tag}>'
-    if hidden or not placed.is_open:
+    yield f'<g class="box {box.role}{state}"{spot}>'
+    if details:
+        yield f"<title>{text(chr(10).join(box.details))}</title>"
+    if not (placed.is_open and details):
         yield _card(box)
-    if placed.is_open or (hidden and box.children):
-        yield from _inside(placed, tag, hidden=hidden)
+    if placed.is_open:
+        yield from inside(placed, details=details)
     yield "</g>"
 
 
-def _inside(placed: Placed, tag: str, *, hidden: bool) -> Iterator[str]:
+def inside(placed: Placed, *, details: bool) -> Iterator[str]:
+    """What an open box shows: its frame, its name, lines and children."""
     box = placed.box
     width, height = f"{placed.width:.1f}", f"{placed.height:.1f}"
     yield '<g class="inside">'
@@ -132,12 +135,10 @@ def _inside(placed: Placed, tag: str, *, hidden: bool) -> Iterator[str]:
     yield f'<g class="head"><rect class="bar" width="{width}" height="{HEAD}" rx="6"/>'
     yield f'<text class="name" x="{PAD}" y="17">{text(box.name)}'
     yield f'<tspan class="soft" dx="8">{text(box.note)}</tspan></text></g>'
-    ways = placed.ways if placed.is_open else ("",) * len(box.nets)
-    for way in ways:
+    for way in placed.ways:
         yield f'<path class="way" d="{way}"/>'
-    children = placed.children if placed.is_open else [Placed(c, False, *card_size(c)) for c in box.children]
-    for child in children:
-        yield from drawing(child, tag, hidden=hidden)
+    for child in placed.children:
+        yield from drawing(child, details=details)
     yield "</g>"
 
 
