@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 import graphsplit
-from graphsplit.cli import console, export, inspect, merge, partition, run, verify
+from graphsplit.cli import console, draw, export, inspect, merge, partition, run, verify
 from graphsplit.errors import GraphsplitError
 
 INTERRUPTED = 130
@@ -94,6 +94,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "merge": merge.merge,
     "verify": verify.verify,
     "export": export.export,
+    "draw": draw.draw,
     "run": run.run,
 }
 for _name, _command in COMMANDS.items():

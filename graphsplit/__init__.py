@@ -1,7 +1,7 @@
 """graphsplit: a compiler that splits neural networks."""
 
 from graphsplit import errors
-from graphsplit._api import Partition, export_onnx, load, partition, save
+from graphsplit._api import Partition, draw, export_onnx, load, partition, save
 from graphsplit.emission import ProgramModule, emit
 from graphsplit.loading import load_model
 from graphsplit.plan import PartitionPlan
@@ -17,6 +17,7 @@ __all__ = [
     "PartitionPlan",
     "Program",
     "ProgramModule",
+    "draw",
     "emit",
     "errors",
     "export_onnx",

@@ -17,8 +17,10 @@ from graphsplit.analysis import Analysis, analyse
 from graphsplit.analysis.analysis import check_k
 from graphsplit.analysis.dealing import Strategy, check_shares, contiguous, dealer_of, given
 from graphsplit.bundle import PartitionBundle
+from graphsplit.drawing import draw as figure_of
+from graphsplit.drawing import snippet
 from graphsplit.emission import ProgramModule, emit
-from graphsplit.errors import PartitionError, PlanError
+from graphsplit.errors import BundleError, PartitionError, PlanError
 from graphsplit.initialization import Init, initialise, refuse_nan
 from graphsplit.memory import parse_bytes, smallest_k
 from graphsplit.module_emission import FORMS, emit_modules
@@ -238,6 +240,10 @@ class Partition:
             state[plan.name] = tensor.detach()
         return state
 
+    def _repr_html_(self) -> str:
+        """A small figure, for notebooks."""
+        return snippet(self.program, self.analysis)
+
     def __repr__(self) -> str:
         counts = ", ".join(f"{count:,}" for count in self.plan.parameter_counts())
         full = self.plan.full_parameter_count()
@@ -388,6 +394,30 @@ def load(path: str | Path) -> Partition | Program | ProgramModule:
     loaded = partition(divided.merged_program(states, duplicate=False), plan=found.plan, init="fresh")
     loaded.__dict__["programs"] = found.submodels
     return loaded
+
+
+def draw(obj: Partition | Program | ProgramModule, path: str | Path, *, depth: int | None = None) -> None:
+    """Write a figure of a model, nested by module, with the parts of a partition in colours.
+
+    Args:
+        obj: A partition, or a program or module, which is drawn without parts.
+        path: The file: ``.svg`` is a still picture, ``.html`` opens and closes modules, and can be searched.
+        depth: How many levels of modules are open (at the start); as many as can be read unless given.
+
+    Raises:
+        UserError: The name of the file ends in neither, or ``depth`` is negative.
+        BundleError: The file cannot be written.
+    """
+    path = Path(path)
+    if isinstance(obj, Partition):
+        text = figure_of(obj.program, obj.analysis, path, depth)
+    else:
+        program = bundle.program_of(obj) if isinstance(obj, ProgramModule) else obj
+        text = figure_of(program, None, path, depth)
+    try:
+        path.write_text(text, encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise BundleError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def export_onnx(obj: Partition | Program | ProgramModule, path: str | Path) -> dict[str, OnnxReport]:

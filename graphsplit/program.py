@@ -167,6 +167,12 @@ class Program:
         }
         return replace(self, state=state)
 
+    def _repr_html_(self) -> str:
+        """A small figure, for notebooks."""
+        from graphsplit.drawing import snippet  # stands above this module
+
+        return snippet(self)
+
     def __str__(self) -> str:
         """The program as text: one node a line, stable names, shapes and the user's line."""
         lines = [

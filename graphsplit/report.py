@@ -304,21 +304,22 @@ def _grouped(items: Iterable[Item], key: Callable[[Item], Hashable]) -> list[lis
 
 def _shared(analysis: Analysis) -> Shared:
     return Shared(
-        inputs=_inputs(analysis.program),
-        outputs=_outputs(analysis.program),
+        inputs=input_values(analysis.program),
+        outputs=output_values(analysis.program),
         dims=_shared_dims(analysis),
         replicated=_replicated(analysis),
     )
 
 
-def _inputs(program: Program) -> list[Value]:
+def input_values(program: Program) -> list[Value]:
+    """The inputs, one for each placeholder, by the names that the user knows."""
     signature = program.signature
     names = [_input_name(name, signature.parameter_names) for name in signature.input_names]
-    batch = _batch(program)
+    batch = batch_symbol(program)
     return [_value(name, meta, batch) for name, meta in zip(names, signature.inputs, strict=True)]
 
 
-def _batch(program: Program) -> str | None:
+def batch_symbol(program: Program) -> str | None:
     """The symbol of the batch: the first that is the size of an input's first dimension."""
     symbols = (meta.dims[0].symbol for meta in program.signature.inputs if meta.dims)
     return next((symbol for symbol in symbols if symbol is not None), None)
@@ -336,9 +337,10 @@ def _input_name(path: str, parameters: Sequence[str]) -> str:
     return (parameters[position] if position < len(parameters) else f"input {position}") + rest
 
 
-def _outputs(program: Program) -> list[Value]:
+def output_values(program: Program) -> list[Value]:
+    """The outputs that are tensors, in order."""
     values = []
-    batch = _batch(program)
+    batch = batch_symbol(program)
     for name, node in zip(program.signature.outputs[-1].names, output_nodes(program.graph()), strict=True):
         meta = node.meta.get("value") if isinstance(node, fx.Node) else None
         key = re.fullmatch(r"output(?:\.(\w+)|\['([^']*)'\])", name)
@@ -448,14 +450,14 @@ def _ops(program: Program, reasons: Mapping[fx.Node, str]) -> list[Op]:
 
     def place(node: fx.Node) -> tuple[str, str, int, str, str]:
         source = source_of(node)
-        return _op(node), source.file, source.line, _starred(source.module), reasons[node]
+        return op_label(node), source.file, source.line, _starred(source.module), reasons[node]
 
     rows = []
     for group in _grouped(nodes, place):
         source = source_of(group[0])
         rows.append(
             Op(
-                op=_op(group[0]),
+                op=op_label(group[0]),
                 count=len(group),
                 module=pattern([source_of(node).module for node in group]),
                 file=source.file,
@@ -467,7 +469,7 @@ def _ops(program: Program, reasons: Mapping[fx.Node, str]) -> list[Op]:
     return rows
 
 
-def _op(node: fx.Node) -> str:
+def op_label(node: fx.Node) -> str:
     """``layer_norm`` for ``layer_norm.default``."""
     return op_name(node).removeprefix("operator.").partition(".")[0]
 

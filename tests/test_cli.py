@@ -701,6 +701,10 @@ OPTIONS = {
     "merge": ["-o/--out", "--plain", "--weights-only", "--plan", "--force", "--json", "-v/--verbose"],
     "verify": ["-k", "--entry", "--input", "--keep-output", "--json", "-v/--verbose"],
     "export": ["-o/--out", "-k", "--entry", "--input", "--keep-output", "--force", "--json", "-v/--verbose"],
+    "draw": [
+        *("-o/--out", "-k", "--entry", "--input", "--keep-output", "--depth", "--force", "--json"),
+        "-v/--verbose",
+    ],
     "run": ["-o/--out", "--entry", "--input", "--keep-output", "--force", "--json", "-v/--verbose"],
 }
 

@@ -206,7 +206,7 @@ def _shipped() -> set[str]:
     files = {path.relative_to(ROOT).as_posix() for path in _modules(ROOT / "graphsplit")}
     for name in LINKS:
         files |= {f"graphsplit/{path.relative_to(ROOT).as_posix()}" for path in _modules(ROOT / name)}
-    return files | {"graphsplit/py.typed"}
+    return files | {f"graphsplit/{name}" for name in ("py.typed", "drawing/page.css", "drawing/page.js")}
 
 
 def _wheel_files(wheel: Path) -> set[str]:
