@@ -1,6 +1,6 @@
 """graphsplit: a compiler that splits neural networks."""
 
-from graphsplit import errors
+from graphsplit import data, errors, train
 from graphsplit._api import Partition, export_onnx, load, partition, save
 from graphsplit.emission import ProgramModule, emit
 from graphsplit.plan import PartitionPlan
@@ -16,6 +16,7 @@ __all__ = [
     "PartitionPlan",
     "Program",
     "ProgramModule",
+    "data",
     "emit",
     "errors",
     "export_onnx",
@@ -23,4 +24,5 @@ __all__ = [
     "partition",
     "save",
     "trace",
+    "train",
 ]
