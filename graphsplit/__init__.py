@@ -1,6 +1,6 @@
 """graphsplit: a compiler that splits neural networks."""
 
-from graphsplit import errors
+from graphsplit import data, errors, train
 from graphsplit._api import Partition, draw, export_onnx, load, partition, save
 from graphsplit.emission import ProgramModule, emit
 from graphsplit.loading import load_model
@@ -17,6 +17,7 @@ __all__ = [
     "PartitionPlan",
     "Program",
     "ProgramModule",
+    "data",
     "draw",
     "emit",
     "errors",
@@ -26,4 +27,5 @@ __all__ = [
     "partition",
     "save",
     "trace",
+    "train",
 ]

@@ -44,7 +44,7 @@ def initialise(submodel: Program, analysis: Analysis, part: int, how: Init, seed
     """
     if how == "slice":
         return submodel
-    fans = {name: _fan_in_dims(node, user) for name, node, user in _weights(submodel)}
+    fans = {name: fan_in_dims(node, user) for name, node, user in _weights(submodel)}
     plans = {plan.name: plan for plan in analysis.plan.state}
     values: dict[str, Tensor] = {}
     generator = torch.Generator().manual_seed(seed * 1_000_003 + part)
@@ -94,12 +94,12 @@ def _weights(program: Program) -> list[tuple[str, fx.Node, fx.Node]]:
     for node in program.nodes():
         if node.op == "get_attr":
             for user in node.users:
-                if _fan_in_dims(node, user):
+                if fan_in_dims(node, user):
                     found.append((str(node.target), node, user))
     return found
 
 
-def _fan_in_dims(node: fx.Node, user: fx.Node) -> tuple[int, ...]:
+def fan_in_dims(node: fx.Node, user: fx.Node) -> tuple[int, ...]:
     """Dimensions of a weight that its layer sums over."""
     name = op_name(user).partition(".")[0]
     shape = node.meta["value"].shape if node.meta.get("value") is not None else ()

@@ -5,6 +5,7 @@ from graphsplit.passes.dead_code_elimination import DeadCodeElimination
 from graphsplit.passes.merge import Merge
 from graphsplit.passes.partition import Partition
 from graphsplit.passes.pipeline import PASSES, Pipeline, Timing
+from graphsplit.passes.widen import Widen
 
 __all__ = [
     "PASSES",
@@ -16,4 +17,5 @@ __all__ = [
     "Pipeline",
     "Programs",
     "Timing",
+    "Widen",
 ]

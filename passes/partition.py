@@ -50,7 +50,7 @@ def _lowered(analysis: Analysis, part: int) -> Lowered:
             return known
     constants: dict[str, StateEntry] = {}
     builds = [
-        _extract_graph(analysis, graph, part, GraphBuilder(constants)) for graph in analysis.program.graphs
+        extract_graph(analysis, graph, part, GraphBuilder(constants)) for graph in analysis.program.graphs
     ]
     found = Lowered(
         tuple(build.graph for build in builds), constants, any(build.for_one_part for build in builds)
@@ -63,7 +63,8 @@ def _sliced(entry: StateEntry, tensor: Any) -> Any:
     return tensor.requires_grad_(entry.tensor.requires_grad) if entry.kind == "parameter" else tensor
 
 
-def _extract_graph(analysis: Analysis, graph: fx.Graph, part: int, build: GraphBuilder) -> GraphBuilder:
+def extract_graph(analysis: Analysis, graph: fx.Graph, part: int, build: GraphBuilder) -> GraphBuilder:
+    """Build the graph of sub-model ``part``."""
     values: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         if node.op == "placeholder":

@@ -20,9 +20,10 @@ from graphsplit.passes.base import Pass, PassResult, Programs
 from graphsplit.passes.dead_code_elimination import DeadCodeElimination
 from graphsplit.passes.merge import Merge
 from graphsplit.passes.partition import Partition
+from graphsplit.passes.widen import Widen
 from graphsplit.program import Program, check
 
-PASSES: tuple[type[Pass], ...] = (Partition, Merge, DeadCodeElimination)
+PASSES: tuple[type[Pass], ...] = (Partition, Merge, Widen, DeadCodeElimination)
 """Every pass that can be named in a pipeline's text."""
 
 
@@ -144,6 +145,8 @@ def _parse_pass(text: str, registry: Sequence[type[Pass]]) -> Pass:
                 f"{name}: {keyword.arg} is no literal", hint="write a number, True, False or a string"
             ) from None
         wanted = type(options[keyword.arg].default)
+        if wanted is float and type(value) is int:
+            value = float(value)
         if type(value) is not wanted:
             raise UserError(f"{name}: {keyword.arg} is {value!r}, expected a {wanted.__name__}")
         values[keyword.arg] = value

@@ -740,7 +740,10 @@ def _script(name: str) -> ModuleType:
 
 def test_every_example_says_how_to_run_it_and_has_a_test() -> None:
     names = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert names == {"gpt2", "lenet", "pipeline", "resnet50", "train_apart_then_merge"}
+    assert names == {
+        *("char_lstm", "gpt2", "lenet", "paper_cifar10", "paper_mnist", "pipeline", "resnet50", "small_gpt"),
+        "train_apart_then_merge",
+    }
     for name in names:
         text = (EXAMPLES / f"{name}.py").read_text()
         assert re.search(rf"^    (graphsplit|python) .*examples/{name}\.py", text, re.MULTILINE), name

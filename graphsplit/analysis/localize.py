@@ -175,7 +175,10 @@ def _group_norm(local: Local) -> Change:
     cut = local.output.cuts[1]
     if cut is not None:
         per_group = local.output.shape[1] // groups
-        groups = int(np.unique(local.indices(cut) // per_group).size)
+        # A group that stands several times begins anew where indices fall.
+        here = local.indices(cut)
+        begins = (np.diff(here // per_group) != 0) | (np.diff(here) <= 0)
+        groups = 1 + int(begins.sum())
     return local.node.target, (local.args[0], groups, *local.args[2:]), local.kwargs
 
 
@@ -243,12 +246,28 @@ def _start(local: Local, size: int) -> tuple[int, int]:
 
 def _positions(local: Local, dim: int, cut: Cut, wanted: np.ndarray) -> Change:
     """Entries of the full model, looked up in the slice of a sub-model."""
-    here = local.indices(cut)
-    places = np.searchsorted(here, wanted)
-    if not np.array_equal(here[np.minimum(places, here.size - 1)], wanted):
+    places = _places(local.indices(cut), wanted)
+    if places is None:
         raise local.refuse("takes units of another sub-model")
     taken = local.build.take(local.args[0], dim, places)
     return None, (taken,), {}
+
+
+def _places(here: Indices, wanted: Indices) -> Indices | None:
+    """Where each wanted index stands in a slice; the n-th time that it is wanted, its n-th place."""
+    places = {key: place for place, key in enumerate(_occurrences(here))}
+    found = [places.get(key) for key in _occurrences(wanted)]
+    return None if None in found else np.array(found, np.int64)
+
+
+def _occurrences(indices: Indices) -> list[tuple[int, int]]:
+    """Each index, with how often it stood before."""
+    seen: dict[int, int] = {}
+    result = []
+    for index in indices.tolist():
+        result.append((index, seen.get(index, 0)))
+        seen[index] = seen.get(index, 0) + 1
+    return result
 
 
 @localizer("select.int")
@@ -262,11 +281,10 @@ def _select(local: Local) -> Change:
     index = int_arg(local.node, 2)
     if index < 0:
         index += given.shape[dim]
-    here = local.indices(cut)
-    place = int(np.searchsorted(here, index))
-    if place >= here.size or here[place] != index:
+    places = _places(local.indices(cut), np.array([index]))
+    if places is None:
         raise local.refuse("takes a unit of another sub-model")
-    return local.node.target, (local.args[0], dim, place), local.kwargs
+    return local.node.target, (local.args[0], dim, int(places[0])), local.kwargs
 
 
 @localizer("unbind.int")

@@ -1,0 +1,19 @@
+"""Pre-training by partition: sub-models apart, merged with their optimizer states, then the whole model.
+
+Miranda & Von Zuben, "Reducing the Training Time of Neural Networks by Partitioning", arXiv 1511.02954.
+"""
+
+from graphsplit.train.history import Epoch, History
+from graphsplit.train.loop import Batches, evaluate, fit, misclassified
+from graphsplit.train.schedule import PartitionSchedule, Trained
+
+__all__ = [
+    "Batches",
+    "Epoch",
+    "History",
+    "PartitionSchedule",
+    "Trained",
+    "evaluate",
+    "fit",
+    "misclassified",
+]

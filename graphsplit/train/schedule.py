@@ -1,0 +1,244 @@
+"""`PartitionSchedule`: K sub-models for some epochs, one merge, and the full model for the rest."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils import _pytree as pytree
+
+from graphsplit.errors import UserError
+from graphsplit.train.history import Epoch, History
+from graphsplit.train.loop import Batches, Metric, SchedulerFactory, Settings, run_epochs
+from graphsplit.train.processes import gather, process_group, share
+
+if TYPE_CHECKING:
+    from graphsplit._api import Partition
+
+Mode = Literal["in_turn", "parallel"]
+OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
+
+
+@dataclass
+class Trained:
+    """What a schedule leaves.
+
+    Attributes:
+        model: The full model, trained.
+        optimizer: Its optimizer, to go on with.
+        submodels: The sub-models as they were merged.
+        history: A record for each epoch.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    submodels: list[nn.Module]
+    history: History
+
+
+class PartitionSchedule:
+    """Pre-training by partition (arXiv 1511.02954, section 2.1).
+
+    Each sub-model is trained by itself for ``merge_at`` epochs. Then weights, buffers and optimizer states
+    are merged, and the full model is trained up to ``epochs``. Where there is a scheduler, the merged model
+    goes on with the learning rate and the count of steps of sub-model 0, as in one training.
+
+    Example::
+
+        part = gs.partition(model, x, k=2, init="fresh")
+        schedule = gs.train.PartitionSchedule(
+            part, lambda m: torch.optim.SGD(m.parameters(), lr=0.01, momentum=0.9),
+            torch.nn.functional.cross_entropy, merge_at=5, epochs=20, error=gs.train.misclassified,
+        )
+        trained = schedule.fit(train_loader, test_loader)
+
+    Those with a loop of their own need three calls: ``part.submodels``, ``part.merge(...)`` and
+    ``part.plan.merge_optimizer_states(...)``; see ``examples/train_apart_then_merge.py``.
+
+    Args:
+        partition: Its sub-models, with the weights that they have now, are where training starts. They are
+            copied, so that a schedule can run again.
+        optimizer: Makes the optimizer of a model; called for each sub-model and for the merged one.
+        loss: Of outputs and targets the mean over a batch.
+        merge_at: Epochs of each sub-model, 0 to ``epochs``; 0 merges untrained sub-models.
+        epochs: Of the whole schedule.
+        mode: ``"in_turn"`` trains sub-models one after the other. ``"parallel"`` deals them out to the
+            processes of torchrun (there may be fewer than sub-models); process 0 trains the full model, and
+            all return the same. Under one seed both give the same weights.
+        duplicate: Merge exactly, with cross-unit ops duplicated, or into the original architecture.
+        scheduler: Makes the learning-rate scheduler of an optimizer.
+        step_every_batch: Step the scheduler after every batch, not after every epoch.
+        error: A second number to record, such as `misclassified`.
+        device: Where models are trained; in parallel it may differ between processes.
+        seed: Of the order of the data and of dropout; each sub-model has an order of its own.
+        on_epoch: Called with every `Epoch`, in the process that trained it; ``print`` shows progress.
+
+    Raises:
+        UserError: ``merge_at``, ``epochs`` or ``mode`` is out of range.
+    """
+
+    def __init__(
+        self,
+        partition: Partition,
+        optimizer: OptimizerFactory,
+        loss: Metric,
+        *,
+        merge_at: int,
+        epochs: int,
+        mode: Mode = "in_turn",
+        duplicate: bool = True,
+        scheduler: SchedulerFactory | None = None,
+        step_every_batch: bool = False,
+        error: Metric | None = None,
+        device: str | torch.device = "cpu",
+        seed: int = 0,
+        on_epoch: Callable[[Epoch], None] | None = None,
+    ) -> None:
+        if mode not in ("in_turn", "parallel"):
+            raise UserError(f"mode is {mode!r}, expected 'in_turn' or 'parallel'")
+        if not 0 <= merge_at <= epochs:
+            raise UserError(
+                f"merge_at is {merge_at} of {epochs} epochs",
+                hint="give a number from 0 to the number of epochs",
+            )
+        self.partition = partition
+        self.merge_at = merge_at
+        self.epochs = epochs
+        self.mode: Mode = mode
+        self.duplicate = duplicate
+        self._optimizer = optimizer
+        self._scheduler = scheduler
+        self._settings = Settings(loss, error, torch.device(device), step_every_batch, seed, on_epoch)
+
+    def fit(self, data: Batches, test: Batches | None = None) -> Trained:
+        """Run the schedule.
+
+        Args:
+            data: Batches of ``(inputs, targets)``, iterated over once in every epoch of every model. A
+                DataLoader that shuffles does so by the schedule's seed.
+            test: Batches to evaluate on after every epoch; its time is not counted.
+
+        Raises:
+            UserError: The data gives nothing, or ``mode="parallel"`` without torchrun.
+        """
+        if self.mode == "in_turn":
+            states = [self._train_part(part, data, test) for part in range(self.partition.k)]
+            return self._finish(self._merge(states), data, test)
+        with process_group() as (rank, world):
+            mine = {part: self._train_part(part, data, test) for part in range(rank, self.partition.k, world)}
+            merging = self._merge(gather(mine, self.partition.k))
+            if rank == 0:
+                trained = self._finish(merging, data, test)
+                share([_to_cpu(merging.take()), trained.history.epochs])
+                return trained
+            state, epochs = share(None)
+            merging.put(state)
+            return Trained(
+                merging.model, merging.optimizer, merging.submodels, History(epochs, merging.seconds)
+            )
+
+    def _train_part(self, part: int, data: Batches, test: Batches | None) -> _State:
+        """Train one sub-model for its epochs."""
+        submodel = copy.deepcopy(self.partition.submodels[part])
+        trainee = self._trainee(submodel)
+        epochs = run_epochs(*trainee.parts(), self._settings, data, test, range(self.merge_at), part=part)
+        return _State(_to_cpu(trainee.take()), epochs)
+
+    def _trainee(self, model: nn.Module) -> _Trainee:
+        with torch.random.fork_rng():
+            model = model.to(self._settings.device)
+            optimizer = self._optimizer(model)
+            return _Trainee(model, optimizer, None if self._scheduler is None else self._scheduler(optimizer))
+
+    def _merge(self, states: list[_State]) -> _Merging:
+        """The full model from the sub-models, ready to be trained on."""
+        trainees = [self._trainee(copy.deepcopy(submodel)) for submodel in self.partition.submodels]
+        for trainee, state in zip(trainees, states, strict=True):
+            trainee.put(state.values)
+        start = time.perf_counter()
+        submodels = [trainee.model for trainee in trainees]
+        model = self.partition.merge(submodels, duplicate=self.duplicate)
+        whole = self._trainee(model)
+        first = trainees[0]
+        self.partition.plan.merge_optimizer_states(
+            [trainee.optimizer for trainee in trainees], submodels, whole.model, whole.optimizer
+        )
+        _carry_on(first, whole)
+        epochs = [epoch for state in states for epoch in state.epochs]
+        return _Merging(
+            whole.model, whole.optimizer, whole.scheduler, submodels, epochs, time.perf_counter() - start
+        )
+
+    def _finish(self, merging: _Merging, data: Batches, test: Batches | None) -> Trained:
+        numbers = range(self.merge_at, self.epochs)
+        epochs = run_epochs(*merging.parts(), self._settings, data, test, numbers, part=None)
+        history = History([*merging.epochs, *epochs], merging.seconds)
+        return Trained(merging.model, merging.optimizer, merging.submodels, history)
+
+
+@dataclass
+class _State:
+    """What a sub-model leaves: its values, on the CPU, and its records."""
+
+    values: dict[str, Any]
+    epochs: list[Epoch]
+
+
+@dataclass
+class _Trainee:
+    """A model in training, with what goes along."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: LRScheduler | None
+
+    def parts(self) -> tuple[nn.Module, torch.optim.Optimizer, LRScheduler | None]:
+        return self.model, self.optimizer, self.scheduler
+
+    def take(self) -> dict[str, Any]:
+        """Everything that training has changed, as data."""
+        buffers = {name: tensor.detach() for name, tensor in self.model.named_buffers()}
+        return {
+            "model": self.model.state_dict() | buffers,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+        }
+
+    def put(self, values: Mapping[str, Any]) -> None:
+        """Set what `take` gave."""
+        named: dict[str, Tensor] = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        with torch.no_grad():
+            for name, tensor in named.items():
+                tensor.copy_(values["model"][name])
+        self.optimizer.load_state_dict(values["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(values["scheduler"])
+
+
+@dataclass
+class _Merging(_Trainee):
+    """The merged model."""
+
+    submodels: list[nn.Module]
+    epochs: list[Epoch]
+    seconds: float
+
+
+def _carry_on(first: _Trainee, whole: _Trainee) -> None:
+    """The merged model's learning rate, and the scheduler's count, go on from those of a sub-model."""
+    if whole.scheduler is None or first.scheduler is None:
+        return
+    for group, other in zip(whole.optimizer.param_groups, first.optimizer.param_groups, strict=True):
+        group.update({name: value for name, value in other.items() if name != "params"})
+    whole.scheduler.load_state_dict(first.scheduler.state_dict())
+
+
+def _to_cpu(values: Any) -> Any:
+    """A copy on the CPU that nobody else changes."""
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().cpu().clone(), values)
