@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graphsplit.analysis.inference import Inference
-from graphsplit.analysis.units import Ids, varying
+from graphsplit.analysis.units import Ids, factor_key, varying
 
 SHARED_PART = -1
 
@@ -46,18 +46,22 @@ def assign(inference: Inference) -> Assignment:
     """Divide the units of every axis into K contiguous shares of equal number (up to one).
 
     Where a share would not be a rectangular slice of some tensor, the units along one of its dimensions are
-    tied and the division is made again.
+    tied and the division is made again. Where a sub-model would have nothing of some tensor (a slice of
+    units, one head of several), the units of this tensor are dealt out by themselves.
     """
+    apart: list[Ids] = []
     while True:
-        assignment = _divide(inference)
+        assignment = _divide(inference, apart)
         ragged = _ragged(inference, assignment)
-        if not ragged:
+        missing = _missing(inference, assignment)
+        if not ragged and not missing:
             return assignment
         for ids in ragged:
             _tie(inference, ids)
+        apart += missing
 
 
-def _divide(inference: Inference) -> Assignment:
+def _divide(inference: Inference, apart: list[Ids]) -> Assignment:
     k = inference.k
     labels = inference.units.components()
     count = int(labels.max()) + 1
@@ -78,6 +82,9 @@ def _divide(inference: Inference) -> Assignment:
             starts.append(position)
             places.append(f"{name}[{dim}]")
             position += ids.size
+    for ids in apart:
+        units = np.unique(labels[ids])
+        signature[units] += random.integers(1, 2**63, dtype=np.uint64) * (signature[units] > 0)
     part_of_unit = np.full(count, SHARED_PART, np.int16)
     axis_of_unit = np.full(count, -1, np.int32)
     present = np.flatnonzero(signature)
@@ -141,6 +148,20 @@ def _ragged(inference: Inference, assignment: Assignment) -> list[Ids]:
             if not np.array_equal(product, inside):
                 found.append(ids)
                 break
+    return found
+
+
+def _missing(inference: Inference, assignment: Assignment) -> list[Ids]:
+    """Factors of which some sub-model holds nothing."""
+    seen: set[tuple[int, ...]] = set()
+    found = []
+    for ids in _arrays(inference):
+        key = factor_key(ids)
+        if key not in seen:
+            seen.add(key)
+            held = np.bincount(assignment.part[ids].ravel() - SHARED_PART, minlength=inference.k + 1)
+            if not held[0] and not held[1:].all():
+                found.append(ids)
     return found
 
 
