@@ -59,9 +59,9 @@ def _scatter(op: Any) -> Inverse:
 
 
 def _slice_back(self: Functionalizer, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
-    start, end, step = [*view.args[2:], *(None, None, 1)[len(view.args) - 2 :]]
-    if not start and (end is None or end == sys.maxsize) and step == 1:
-        return value  # all of it
+    whole: Any = ((), (0,), (0, sys.maxsize))
+    if view.args[2:] in whole:
+        return value
     return self.scatter(aten.slice_scatter.default, base, value, view.args[1:])
 
 
