@@ -40,7 +40,6 @@ def partition(name: str, k: int) -> gs.Partition:
 REFUSED = {
     "hidden_output": "there is nothing to split: every unit reaches an output",
     "lstm_loop": "there is nothing to split: every unit reaches an output",
-    "inplace_view": "a write into a slice of units",
     "hub_bloom": r"the custom torch\.autograd\.Function GeLUFunction",
 }
 # Fractions of the parameters that the largest sub-model holds, at most: 1 / K^2 is 0.25 and 0.0625.

@@ -54,18 +54,22 @@ def assign(
         deal: Says which unit goes to which sub-model.
 
     Where a share would not be a rectangular slice of some tensor, the units along one of its dimensions are
-    tied and the division is made again.
+    tied and the division is made again. Where a sub-model would have nothing of some tensor (a slice of
+    units, one head of several), the units of this tensor are dealt out by themselves.
     """
+    apart: list[Ids] = []
     while True:
-        assignment = _divide(inference, shares or (1.0,) * inference.k, deal)
+        assignment = _divide(inference, shares or (1.0,) * inference.k, deal, apart)
         ragged = _ragged(inference, assignment)
-        if not ragged:
+        missing = _missing(inference, assignment)
+        if not ragged and not missing:
             return assignment
         for ids in ragged:
             _tie(inference, ids)
+        apart += missing
 
 
-def _divide(inference: Inference, shares: tuple[float, ...], deal: Dealer) -> Assignment:
+def _divide(inference: Inference, shares: tuple[float, ...], deal: Dealer, apart: list[Ids]) -> Assignment:
     k = inference.k
     labels = inference.units.components()
     count = int(labels.max()) + 1
@@ -81,6 +85,9 @@ def _divide(inference: Inference, shares: tuple[float, ...], deal: Dealer) -> As
         np.minimum.at(first, units, np.arange(position, position + ids.size))
         starts.append(position)
         position += ids.size
+    for ids in apart:
+        units = np.unique(labels[ids])
+        signature[units] += random.integers(1, 2**63, dtype=np.uint64) * (signature[units] > 0)
     part_of_unit = np.full(count, SHARED_PART, np.int16)
     axis_of_unit = np.full(count, -1, np.int32)
     present = np.flatnonzero(signature)
@@ -158,6 +165,20 @@ def _ragged(inference: Inference, assignment: Assignment) -> list[Ids]:
             if not np.array_equal(product, inside):
                 found.append(ids)
                 break
+    return found
+
+
+def _missing(inference: Inference, assignment: Assignment) -> list[Ids]:
+    """Factors of which some sub-model holds nothing."""
+    seen: set[tuple[int, ...]] = set()
+    found = []
+    for ids in _arrays(inference):
+        key = factor_key(ids)
+        if key not in seen:
+            seen.add(key)
+            held = np.bincount(assignment.part[ids].ravel() - SHARED_PART, minlength=inference.k + 1)
+            if not held[0] and not held[1:].all():
+                found.append(ids)
     return found
 
 

@@ -6,7 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from graphsplit.analysis.units import Factors, Ids
+from graphsplit.program import op_name
 
 if TYPE_CHECKING:
     from torch import fx
@@ -70,3 +74,27 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
 def place_of(node: fx.Node, position: int, name: str) -> Path:
     """Place of an argument that may be given by position or keyword."""
     return (position,) if len(node.args) > position else name
+
+
+def written_places(node: fx.Node, size: int) -> NDArray[np.int64]:
+    """Indices that a ``slice_scatter`` or ``select_scatter`` writes along its dimension of this size."""
+    if op_name(node) == "select_scatter.default":
+        return np.arange(size)[[argument(node, 3, "index")]]
+    bounds = (argument(node, place, name) for place, name in ((3, "start"), (4, "end"), (5, "step")))
+    return np.arange(size)[slice(*bounds)]
+
+
+def indexed(node: fx.Node, rank: int) -> tuple[int, Any]:
+    """Dimension and indices of a look-up along one dimension; several index tensors give -1 and None."""
+    if op_name(node) == "index_select.default":
+        return int(argument(node, 1, "dim")) % rank, argument(node, 2, "index")
+    given: Any = node.args[1]
+    places = [dim for dim, index in enumerate(given) if index is not None]
+    return (places[0], given[places[0]]) if len(places) == 1 else (-1, None)
+
+
+def rolled(node: fx.Node, rank: int) -> tuple[list[int], list[int]]:
+    """Shifts and dimensions of a ``roll``; no dimensions for one over the flattened tensor."""
+    shifts, dims = argument(node, 1, "shifts"), argument(node, 2, "dims", [])
+    shifts, dims = ([value] if isinstance(value, int) else list(value) for value in (shifts, dims))
+    return shifts, [dim % rank for dim in dims]

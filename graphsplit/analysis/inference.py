@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import fx
 
 from graphsplit.analysis.facts import RULES, Facts, Path
 from graphsplit.analysis.units import SHARED, Factors, Ids, UnitBuilder, varying
 from graphsplit.errors import InternalError
-from graphsplit.graphs import node_arg
+from graphsplit.graphs import is_kept, node_arg
 from graphsplit.program import TRAINING, Dim, Program, TensorMeta, op_name, source_of
 
 aten = torch.ops.aten
+
+LARGEST_CONSTANT = 1 << 20
+KNOWN = {torch.bool, torch.int32, torch.int64, torch.float32, torch.float64}
 
 
 @dataclass
@@ -38,6 +43,7 @@ class Inference:
     data: set[fx.Node] = field(default_factory=set)
     state: dict[str, list[Ids | None]] = field(default_factory=dict)
     own: set[str] = field(default_factory=set)
+    _constants: dict[fx.Node, NDArray[Any] | None] = field(default_factory=dict, repr=False)
 
     # -- what rules ask for ----------------------------------------------------------------------------------
 
@@ -106,6 +112,63 @@ class Inference:
         for ids in self.factors(node):
             self.units.share(ids)
 
+    def hold(self, node: Any, dims: Sequence[int]) -> tuple[Factors, bool]:
+        """Factors of an operand with the units along ``dims`` kept whole.
+
+        Returns:
+            The factors along the other dimensions, and whether a factor was lost because it has no others.
+        """
+        lost = False
+        if isinstance(node, fx.Node):
+            for dim in dims:
+                if self.unset(node, dim):
+                    self.adopt(node, dim, None)
+        kept = []
+        for ids in self.factors(node):
+            held = [dim for dim in dims if ids.shape[dim] > 1]
+            if not held:
+                kept.append(ids)
+            elif len(held) < len(varying(ids)):
+                kept.append(self.units.tie(ids, held))
+            else:
+                self.units.share(ids)
+                lost = True
+        return tuple(kept), lost
+
+    def constant(self, node: Any) -> NDArray[Any] | None:
+        """Values of a small tensor that no input and no state dict can change; None where there are none."""
+        if node not in self._constants:
+            self._constants[node] = self._evaluate(node)
+        return self._constants[node]
+
+    def _evaluate(self, node: Any) -> NDArray[Any] | None:
+        if not isinstance(node, fx.Node) or node not in self.common or node in self.data:
+            return None
+        value = node.meta.get("value")
+        if not isinstance(value, TensorMeta) or math.prod(value.shape) > LARGEST_CONSTANT:
+            return None
+        if any(dim.symbol is not None for dim in value.dims) or value.device == "meta":
+            return None
+        if node.op == "get_attr":
+            entry = self.program.state.get(str(node.target))
+            if entry is None or entry.kind == "parameter" or entry.name in self._written():
+                return None
+            return _array(entry.tensor) if entry.kind == "constant" or not entry.persistent else None
+        if not isinstance(node.target, torch._ops.OpOverload) or is_kept(node):
+            return None
+        values: dict[fx.Node, torch.Tensor] = {}
+        for operand in node.all_input_nodes:
+            found = self.constant(operand)
+            if found is None:
+                return None
+            values[operand] = torch.from_numpy(found.copy())
+        args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+        return _array(node.target(*args, **kwargs))
+
+    def _written(self) -> set[str]:
+        """Names of the buffers that the graphs write."""
+        return {str(node_arg(n).target) for n in self.program.nodes() if n.target is aten.copy_.default}
+
     # -- the walk --------------------------------------------------------------------------------------------
 
     def run(self) -> None:
@@ -156,7 +219,7 @@ class Inference:
         facts = found(self, node) if found else whole(self, node, f"{op_name(node)} has no rule")
         value = node.meta.get("value")
         if isinstance(facts.outputs, tuple):
-            facts.outputs = self._clean(node, value, facts.outputs)
+            facts.outputs = self._one_kind_each(facts, self._clean(node, value, facts.outputs))
         else:
             values = value if isinstance(value, tuple) else (value,) * len(facts.outputs)
             facts.outputs = [
@@ -181,11 +244,33 @@ class Inference:
                 self.units.share(ids)
         return tuple(kept)
 
+    def _one_kind_each(self, facts: Facts, factors: Factors) -> Factors:
+        """Where two kinds of units lie along one dimension (a flattened outer product) one is kept whole."""
+        dims = [dim for ids in factors for dim in varying(ids)]
+        if len(dims) == len(set(dims)):
+            return factors
+        kept: list[Ids] = []
+        for ids in sorted(factors, key=lambda ids: np.unique(ids).size % self.k != 0):
+            if any(set(varying(ids)) & set(varying(other)) for other in kept):
+                self.units.share(ids)
+                facts.whole = "an outer product of units is flattened"
+            else:
+                kept.append(ids)
+        return tuple(kept)
+
     def _output(self, graph: fx.Graph) -> None:
         """Whatever reaches an output is shared by all sub-models."""
         for value in output_nodes(graph):
             if isinstance(value, fx.Node):
                 self.share(value)
+
+
+def _array(value: Any) -> NDArray[Any] | None:
+    """A tensor's values, where numpy has its type."""
+    if not isinstance(value, torch.Tensor) or value.device.type == "meta" or value.dtype not in KNOWN:
+        return None
+    found: NDArray[Any] = value.detach().cpu().numpy()
+    return found
 
 
 def _fits(ids: Ids, shape: tuple[int, ...]) -> bool:

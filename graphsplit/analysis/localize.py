@@ -7,15 +7,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import fx
 
-from graphsplit.analysis.facts import argument
+from graphsplit.analysis.facts import argument, indexed, rolled, written_places
 from graphsplit.analysis.kinds import Kinds, layouts_of
 from graphsplit.analysis.layout import Cut, Indices, Layout
 from graphsplit.builder import GraphBuilder
 from graphsplit.errors import UnsupportedError
 from graphsplit.graphs import int_arg, node_arg
-from graphsplit.program import TensorMeta, meta_of, op_name, source_of
+from graphsplit.program import Dim, TensorMeta, meta_of, op_name, source_of
 
 aten = torch.ops.aten
 
@@ -25,7 +26,9 @@ class Local:
 
     Attributes:
         node: The node of the full program.
+        part: Number of the sub-model.
         args: Its arguments, already mapped to the new graph.
+        constant: Values of a node of the full program that are known.
     """
 
     def __init__(
@@ -36,9 +39,11 @@ class Local:
         build: GraphBuilder,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        constant: Callable[[fx.Node], NDArray[Any] | None],
     ) -> None:
-        self.node, self.kinds, self._part, self.build = node, kinds, part, build
+        self.node, self.kinds, self.part, self.build = node, kinds, part, build
         self.args, self.kwargs = args, kwargs
+        self.constant = constant
 
     def layout(self, node: Any) -> Layout | None:
         """Layout of an operand of the full program."""
@@ -47,12 +52,12 @@ class Local:
 
     def shape(self, layout: Layout) -> tuple[int, ...]:
         """Sizes of a tensor in the sub-model."""
-        return layout.local_shape(self._part)
+        return layout.local_shape(self.part)
 
     def indices(self, cut: Cut) -> Indices:
         """Indices of one dimension that the sub-model holds; the graph is then made for it alone."""
         self.build.for_one_part = True
-        return cut[self._part]
+        return cut[self.part]
 
     @property
     def output(self) -> Layout:
@@ -244,17 +249,27 @@ def _start(local: Local, size: int) -> tuple[int, int]:
     return (start + size if start < 0 else min(start, size)), step
 
 
-def _positions(local: Local, dim: int, cut: Cut, wanted: np.ndarray) -> Change:
-    """Entries of the full model, looked up in the slice of a sub-model."""
-    places = _places(local.indices(cut), wanted)
-    if places is None:
-        raise local.refuse("takes units of another sub-model")
-    taken = local.build.take(local.args[0], dim, places)
+def _positions(local: Local, dim: int, cut: Cut, wanted: Indices) -> Change:
+    """Entries of the full model, taken from the slice of a sub-model."""
+    taken = local.build.take(local.args[0], dim, _places(local, cut, wanted))
     return None, (taken,), {}
 
 
-def _places(here: Indices, wanted: Indices) -> Indices | None:
+def _places(local: Local, cut: Cut | None, wanted: Indices) -> Indices:
+    """Entries of the full model, looked up in the slice of a sub-model."""
+    if cut is None or not wanted.size:
+        return wanted
+    places = _stands_at(local.indices(cut), wanted)
+    if places is None:
+        raise local.refuse("takes units of another sub-model")
+    return places
+
+
+def _stands_at(here: Indices, wanted: Indices) -> Indices | None:
     """Where each wanted index stands in a slice; the n-th time that it is wanted, its n-th place."""
+    if bool((np.diff(here) > 0).all()) and bool((np.diff(wanted) > 0).all()):
+        at = np.searchsorted(here, wanted)
+        return at if np.array_equal(here[np.minimum(at, here.size - 1)], wanted) else None
     places = {key: place for place, key in enumerate(_occurrences(here))}
     found = [places.get(key) for key in _occurrences(wanted)]
     return None if None in found else np.array(found, np.int64)
@@ -281,7 +296,7 @@ def _select(local: Local) -> Change:
     index = int_arg(local.node, 2)
     if index < 0:
         index += given.shape[dim]
-    places = _places(local.indices(cut), np.array([index]))
+    places = _stands_at(local.indices(cut), np.array([index]))
     if places is None:
         raise local.refuse("takes a unit of another sub-model")
     return local.node.target, (local.args[0], dim, int(places[0])), local.kwargs
@@ -295,6 +310,100 @@ def _unbind(local: Local) -> Change:
     if given.cuts[dim] is not None:
         raise local.refuse("takes units apart one by one")
     return local.node.target, local.args, local.kwargs
+
+
+@localizer("unfold.default")
+def _unfold(local: Local) -> Change:
+    """Windows that hold a part of their entries are as much smaller."""
+    x, dim, size, step = local.args
+    if local.output.cuts[-1] is not None:
+        size = step = local.shape(local.output)[-1]
+    return local.node.target, (x, dim, size, step), local.kwargs
+
+
+@localizer("channel_shuffle.default", "native_channel_shuffle.default")
+def _channel_shuffle(local: Local) -> Change:
+    x, groups = local.args
+    given = local.layout(local.node.args[0])
+    assert given is not None
+    if given.cuts[1] is not None:
+        groups = int(np.unique(local.indices(given.cuts[1]) // (given.shape[1] // groups)).size)
+    return local.node.target, (x, groups), local.kwargs
+
+
+@localizer("roll.default")
+def _roll(local: Local) -> Change:
+    """A shift along units takes the entries of the sub-model from their places."""
+    x = local.args[0]
+    given = local.layout(local.node.args[0])
+    assert given is not None
+    rank = len(given.shape)
+    shifts, dims = rolled(local.node, rank)
+    plain = [(shift, dim) for shift, dim in zip(shifts, dims, strict=True) if given.cuts[dim] is None]
+    if len(plain) == len(dims):
+        return local.node.target, local.args, local.kwargs
+    for shift, dim in zip(shifts, dims, strict=True):
+        cut, out = given.cuts[dim], local.output.cuts[dim]
+        if cut is not None and out is not None:
+            wanted = (local.indices(out) - shift) % given.shape[dim]
+            x = local.build.take(x, dim, _places(local, cut, wanted))
+    if plain:
+        value = local_value(local.kinds, local.node, local.part)
+        shifts, dims = map(list, zip(*plain, strict=True))
+        x = local.build.call(aten.roll.default, (x, shifts, dims), value)
+    return None, (x,), {}
+
+
+@localizer("index.Tensor", "index_select.default")
+def _index(local: Local) -> Change:
+    """Units that are taken by constant indices."""
+    given = local.layout(local.node.args[0])
+    assert given is not None
+    dim, index = indexed(local.node, len(given.shape))
+    cut = given.cuts[dim]
+    if cut is None:
+        return local.node.target, local.args, local.kwargs
+    values = local.constant(index)
+    if values is None:
+        raise local.refuse("takes units by indices that are not known")
+    out = local.output.cuts[dim]
+    wanted = values % given.shape[dim]
+    return _positions(local, dim, cut, wanted if out is None else wanted[local.indices(out)])
+
+
+@localizer("slice_scatter.default", "select_scatter.default")
+def _scatter(local: Local) -> Change:
+    """A write into a slice of units: the sub-model's entries of both tensors, joined and put in order."""
+    base, piece = local.layout(local.node.args[0]), local.layout(local.node.args[1])
+    assert base is not None and piece is not None
+    dim = int(argument(local.node, 2, "dim", 0)) % len(base.shape)
+    out = local.output.cuts[dim]
+    if out is None:
+        return local.node.target, local.args, local.kwargs
+    x, y = local.args[:2]
+    written = written_places(local.node, base.shape[dim])
+    if op_name(local.node) == "select_scatter.default":
+        meta = meta_of(y)
+        grown = TensorMeta((*meta.dims[:dim], Dim(1), *meta.dims[dim:]), meta.dtype, meta.device)
+        y = local.build.call(aten.unsqueeze.default, (y, dim), grown)
+    here = local.indices(out)
+    inside = np.isin(here, written)
+    source = np.full(base.shape[dim], -1)
+    source[written] = np.arange(written.size)
+    meta, count = meta_of(x), meta_of(y).shape[dim]
+    kept = meta.shape[dim]
+    places = np.empty(here.size, np.int64)
+    # A tensor without units of its own is whole here, or was cut to the entries that are asked for.
+    cut = base.cuts[dim] or (None if kept == base.shape[dim] else out)
+    places[~inside] = _places(local, cut, here[~inside])
+    wanted = source[here[inside]]
+    cut = piece.cuts[dim] if len(piece.cuts) == len(base.cuts) else None
+    if cut is None and count != written.size:
+        wanted = np.arange(count)
+    places[inside] = _places(local, cut, wanted) + kept
+    both = meta.with_shape((*meta.shape[:dim], kept + count, *meta.shape[dim + 1 :]))
+    joined = local.build.call(aten.cat.default, ([x, y], dim), both)
+    return None, (local.build.take(joined, dim, places),), {}
 
 
 @localizer("repeat_interleave.self_int")

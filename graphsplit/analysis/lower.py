@@ -48,7 +48,8 @@ def lower(
         for place, argument in enumerate(node.args)
     )
     kwargs = {name: swap(name, argument) for name, argument in node.kwargs.items()}
-    target, args, kwargs = localize(Local(node, analysis.kinds, part, build, args, kwargs))
+    here = Local(node, analysis.kinds, part, build, args, kwargs, analysis.inference.constant)
+    target, args, kwargs = localize(here)
     if target is None:
         result: fx.Node = args[0]
         return result

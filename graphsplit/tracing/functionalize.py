@@ -17,6 +17,7 @@ scatters what one rule can see whole.
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -57,6 +58,17 @@ def _scatter(op: Any) -> Inverse:
     return inverse
 
 
+def _slice_back(self: Functionalizer, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
+    whole: Any = ((), (0,), (0, sys.maxsize))
+    if view.args[2:] in whole:
+        return value
+    return self.scatter(aten.slice_scatter.default, base, value, view.args[1:])
+
+
+def _select_back(self: Functionalizer, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
+    return self.scatter(aten.select_scatter.default, base, value, view.args[1:])
+
+
 def _reshape_back(self: Functionalizer, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
     return self.emit(aten.reshape_as.default, (value, base), base.meta)
 
@@ -79,8 +91,8 @@ def _identity(self: Functionalizer, view: fx.Node, base: fx.Node, value: fx.Node
 
 
 INVERSES: dict[str, Inverse] = {
-    "slice.Tensor": _scatter(aten.slice_scatter.default),
-    "select.int": _scatter(aten.select_scatter.default),
+    "slice.Tensor": _slice_back,
+    "select.int": _select_back,
     "diagonal.default": _scatter(aten.diagonal_scatter.default),
     "view.default": _reshape_back,
     "reshape.default": _reshape_back,
@@ -209,6 +221,20 @@ class Functionalizer:
         node.meta["source"] = self.source
         return node
 
+    def scatter(self, target: Any, base: fx.Node, value: fx.Node, arguments: Sequence[Any]) -> fx.Node:
+        """Append a write into a slice; of complex tensors as real ones, as torch has no gradient of these."""
+        dim, *others = (self.lookup(argument) for argument in arguments)
+        meta: TensorMeta = base.meta["value"]
+        if not meta.dtype.is_complex:
+            return self.emit(target, (base, value, dim, *others), base.meta)
+        real = []
+        for operand in (base, value):
+            given: TensorMeta = operand.meta["value"]
+            pairs = TensorMeta((*given.dims, Dim(2)), given.dtype.to_real(), given.device)
+            real.append(self.emit(aten.view_as_real.default, (operand,), {"value": pairs}))
+        written = self.emit(target, (*real, dim % meta.ndim, *others), real[0].meta)
+        return self.emit(aten.view_as_complex.default, (written,), base.meta)
+
     def lookup(self, argument: Any) -> Any:
         """An argument of an exported node in terms of the new graph."""
         return fx.map_arg(argument, self.read)
@@ -286,11 +312,10 @@ class Functionalizer:
         position = LIST_VIEWS[op_name(pieces)]
         dim = int_arg(pieces, position) if len(pieces.args) > position else 0
         if op_name(pieces) == "unbind.int":
-            return self.emit(aten.select_scatter.default, (base, value, dim, index), base.meta)
+            return self.scatter(aten.select_scatter.default, base, value, (dim, index))
         sizes = [piece.dims[dim].hint for piece in value_of(pieces)]
         start = sum(sizes[:index])
-        arguments = (base, value, dim, start, start + sizes[index])
-        return self.emit(aten.slice_scatter.default, arguments, base.meta)
+        return self.scatter(aten.slice_scatter.default, base, value, (dim, start, start + sizes[index]))
 
     # -- nodes -----------------------------------------------------------------------------------------------
 

@@ -16,7 +16,9 @@ from graphsplit.analysis.rules import (
     pooling,
     recurrent,
     reduction,
+    scattering,
     shape,
+    spectral,
 )
 
 __all__ = [
@@ -30,5 +32,7 @@ __all__ = [
     "pooling",
     "recurrent",
     "reduction",
+    "scattering",
     "shape",
+    "spectral",
 ]

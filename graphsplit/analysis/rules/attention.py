@@ -8,7 +8,7 @@ from torch import fx
 from graphsplit.analysis.facts import Facts, Path, argument, place_of, rule
 from graphsplit.analysis.inference import Inference
 from graphsplit.analysis.rules.contraction import LETTERS, Operand, contract, operand_of
-from graphsplit.analysis.units import Factors, Ids, seen_by, varying
+from graphsplit.analysis.units import Factors, seen_by, varying
 
 
 @rule("scaled_dot_product_attention.default")
@@ -18,6 +18,11 @@ def attention(inference: Inference, node: fx.Node) -> Facts:
     mask = argument(node, 3, "attn_mask")
     assert isinstance(q, fx.Node) and isinstance(k, fx.Node) and isinstance(v, fx.Node)
     rank = len(inference.shape(q))
+    lost = False
+    if argument(node, 5, "is_causal", False):
+        # Which keys a query sees depends on its place.
+        for operand in (q, k, v):
+            lost |= inference.hold(operand, [rank - 2])[1]
     lead = LETTERS[: rank - 2]
     heads = _heads(inference, node, q, k, v)
     query = operand_of(inference, (0,), q, lead + "te")
@@ -38,6 +43,7 @@ def attention(inference: Inference, node: fx.Node) -> Facts:
     facts.contracts = []
     facts.expects |= result.facts.expects
     facts.outputs = result.facts.outputs
+    facts.whole = "causal attention over units" if lost else None
     return facts
 
 
@@ -63,14 +69,14 @@ def _mask(inference: Inference, facts: Facts, path: Path, mask: fx.Node, scores:
     shape = inference.shape(mask)
     rank = len(scores.labels)
     offset = rank - len(shape)
-    outputs: list[Ids] = list(scores.factors)
+    outputs = scores.factors
     lifted = [own.reshape((1,) * offset + own.shape) for own in inference.factors(mask)]
     for own in lifted:
         match = [ids for ids in outputs if set(varying(ids)) & set(varying(own))]
         for ids in match:
             inference.units.couple(ids, own)
         if not match:
-            outputs.append(own)
+            inference.units.share(own)
     covered = {dim for own in inference.factors(mask) for dim in varying(own)}
     wanted = []
     for ids in scores.factors:
@@ -79,4 +85,4 @@ def _mask(inference: Inference, facts: Facts, path: Path, mask: fx.Node, scores:
             wanted.append(cut)
     if wanted:
         facts.expects[path] = tuple(wanted)
-    return tuple(outputs)
+    return outputs

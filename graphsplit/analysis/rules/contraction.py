@@ -7,6 +7,7 @@ operands and the output have is a batch dimension (heads); the others are free.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from torch import fx
@@ -95,6 +96,12 @@ def contract(inference: Inference, operands: list[Operand], output: str) -> Cont
         if label in summed and len(holders) == 1:
             # A kernel, or a plain sum: nothing on the other side could be divided with it.
             _share_along(inference, holders[0], label)
+            continue
+        meets_data = any(operand.data for operand in holders)
+        if label in output and meets_data and not any(operand.data for operand, _ in found):
+            # What is made of parameters has no units where an activation has none.
+            for operand, _ in found:
+                _share_along(inference, operand, label)
             continue
         plain = next((ids.ravel() for operand, ids in found if len(varying(ids)) == 1), None)
         for operand in holders:
@@ -382,15 +389,18 @@ def _add_broadcast(inference: Inference, facts: Facts, path: Path, c: fx.Node, r
             add_bias(inference, facts, path, c, result, labels)
         return
     offset = len(result.labels) - len(shape)
-    outputs: list[Ids] = list(result.factors)
+    outputs = list(result.factors)
+    divided = {dim - offset for ids in outputs for dim in varying(ids)}
+    for dim in range(len(shape)):
+        if dim not in divided and inference.unset(c, dim):
+            inference.adopt(c, dim, None)
     for own in inference.factors(c):
         lifted = own.reshape((1,) * offset + own.shape)
         match = [ids for ids in outputs if _same_dims(ids, lifted)]
         for ids in match:
             inference.units.couple(ids, lifted)
         if not match:
-            outputs.append(lifted)
-    facts.outputs = tuple(outputs)
+            inference.units.share(own)
     own_dims = {dim for own in inference.factors(c) for dim in varying(own)}
     cuts = [seen_by(ids, shape) for ids in outputs]
     wanted = [cut for cut in cuts if varying(cut)]
@@ -412,6 +422,45 @@ def _without_ellipsis(terms: list[str], output: str, ranks: list[int]) -> tuple[
         term.replace("...", batch[len(batch) - count :]) for term, count in zip(terms, counts, strict=True)
     ]
     return named, output.replace("...", batch)
+
+
+@rule("tensordot.default")
+def tensordot(inference: Inference, node: fx.Node) -> Facts:
+    """A product summed over given dimensions of both operands."""
+    a, b = node_arg(node), node_arg(node, 1)
+    over: tuple[Any, Any] = (node.args[2], node.args[3])
+    ranks = [len(inference.shape(operand)) for operand in (a, b)]
+    left = list(LETTERS[: ranks[0]])
+    right = list(LETTERS.upper()[: ranks[1]])
+    summed = set()
+    for first, second in zip(*over, strict=True):
+        right[second] = left[first]
+        summed.add(left[first])
+    output = "".join(letter for letter in (*left, *right) if letter not in summed)
+    found = contract(
+        inference,
+        [operand_of(inference, (0,), a, "".join(left)), operand_of(inference, (1,), b, "".join(right))],
+        output,
+    )
+    found.facts.linear = _linear_operands(node, inference, [a, b], [])
+    return found.facts
+
+
+@rule("cdist.default", "_euclidean_dist.default")
+def distances(inference: Inference, node: fx.Node) -> Facts:
+    """``y[p, r]`` from ``a[p, m]`` and ``b[r, m]``: over units each sub-model has distances of its own."""
+    a, b = node_arg(node), node_arg(node, 1)
+    ranks = [len(inference.shape(operand)) for operand in (a, b)]
+    lead = LETTERS[: max(ranks) - 2]
+    first, second = (lead[len(lead) - rank + 2 :] for rank in ranks)
+    found = contract(
+        inference,
+        [operand_of(inference, (0,), a, first + "xm"), operand_of(inference, (1,), b, second + "ym")],
+        lead + "xy",
+    )
+    found.facts.mixes += found.facts.contracts
+    found.facts.contracts = []
+    return found.facts
 
 
 @rule("bilinear.default")

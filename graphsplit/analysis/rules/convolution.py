@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from torch import fx
 
 from graphsplit.analysis.facts import Facts, argument, place_of, rule
 from graphsplit.analysis.inference import Inference, whole
 from graphsplit.analysis.rules.contraction import Operand, _linear_operands, add_bias, contract, operand_of
-from graphsplit.analysis.units import Factors, Ids, reshape_ids
+from graphsplit.analysis.units import Factors, Ids, reshape_ids, varying
 
 SPATIAL = "stuvw"
 KERNEL = "lmnop"
+OVER_SPACE = "a convolution runs over units"
 
 
 def groups_of(node: fx.Node) -> int | None:
@@ -36,6 +39,10 @@ def convolution(inference: Inference, node: fx.Node) -> Facts:
     spatial = len(inference.shape(weight)) - 2
     batched = len(inference.shape(x)) == spatial + 2
     lead = "a" if batched else ""
+    lost = False
+    if groups > 1 or transposed:
+        space = range(len(lead) + 1, len(lead) + 1 + spatial)
+        lost |= inference.hold(x, space)[1]
     if groups == 1:
         weight_labels = "yz" if transposed else "zy"
         found = contract(
@@ -48,10 +55,13 @@ def convolution(inference: Inference, node: fx.Node) -> Facts:
         )
         facts = found.facts
         result = found.result
-        result.factors = _drop_space(inference, result.factors, len(lead))
+        same = [] if transposed else _same_length(node, inference.shape(weight)[2:], len(lead) + 1)
+        result.factors = _drop_space(inference, facts, result.factors, len(lead), same)
         facts.outputs = result.factors
     else:
         facts, result = _grouped(inference, node, x, weight, groups, lead, spatial, transposed)
+    if lost:
+        facts.whole = OVER_SPACE
     add_bias(inference, facts, place_of(node, 2, "bias"), bias, result, "z")
     facts.linear = _linear_operands(node, inference, [x, weight], [bias] if bias is not None else [])
     return facts
@@ -84,7 +94,7 @@ def _grouped(
         inference.share(weight)
     before = (*out_shape[:channel], groups, per_output, *out_shape[channel + 1 :])
     factors = tuple(reshape_ids(ids, before, out_shape) for ids in found.result.factors)
-    facts.outputs = _drop_space(inference, factors, channel)
+    facts.outputs = _drop_space(inference, facts, factors, channel, [])
     result = Operand(
         None, None, lead + "z" + SPATIAL[:spatial], out_shape, facts.outputs, common=False, data=True
     )
@@ -101,12 +111,39 @@ def _view(
     return Operand(path, None, labels, after, factors, inference.is_common(node), node in inference.data)
 
 
-def _drop_space(inference: Inference, factors: Factors, channel: int) -> Factors:
-    """Units along space cannot be kept apart by a convolution: they are shared."""
+def _same_length(node: fx.Node, kernel: tuple[int, ...], first: int) -> list[int]:
+    """Dimensions of space as long after a convolution as before, each entry in the middle of its window."""
+    stride, padding, dilation = (
+        argument(node, place, name, default)
+        for place, name, default in ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))
+    )
+
+    def each(value: Any) -> list[int]:
+        values = [value] if isinstance(value, int) else list(value)
+        return values * len(kernel) if len(values) == 1 else values
+
+    if isinstance(padding, str):
+        return [first + place for place in range(len(kernel))] if padding == "same" else []
+    found = zip(kernel, each(stride), each(padding), each(dilation), strict=True)
+    return [
+        first + place for place, (size, step, pad, gap) in enumerate(found)
+        if step == 1 and 2 * pad == gap * (size - 1)
+    ]  # fmt: skip
+
+
+def _drop_space(
+    inference: Inference, facts: Facts, factors: Factors, channel: int, same: list[int]
+) -> Factors:
+    """Units along space: a sub-model convolves over its own where the length stays, else they are shared."""
     kept: list[Ids] = []
     for ids in factors:
-        if all(size == 1 for dim, size in enumerate(ids.shape) if dim > channel):
+        over = tuple(dim for dim in varying(ids) if dim > channel)
+        if not over:
+            kept.append(ids)
+        elif set(over) <= set(same):
+            facts.mixes.append((ids, over))
             kept.append(ids)
         else:
             inference.units.share(np.asarray(ids))
+            facts.whole = OVER_SPACE
     return tuple(kept)

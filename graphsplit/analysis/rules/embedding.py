@@ -28,3 +28,14 @@ def embedding(inference: Inference, node: fx.Node) -> Facts:
             ids = ids[:1]
         outputs.append(np.reshape(ids, (1,) * rank + ids.shape[1:]))
     return Facts(tuple(outputs))
+
+
+@rule("embedding_bag.padding_idx", "embedding_bag.default")
+def embedding_bag(inference: Inference, node: fx.Node) -> Facts:
+    """``y[b, d]`` is a sum, mean or largest entry of ``w[index[i], d]`` over the indices of a bag."""
+    weight, *others = node.all_input_nodes
+    if weight in inference.common or any(inference.factors(other) for other in others):
+        return whole(inference, node, "the indices of an embedding are units themselves")
+    factors, _ = inference.hold(weight, [0])
+    results = [factors if item.ndim == 2 else () for item in node.meta["value"]]
+    return Facts(results)

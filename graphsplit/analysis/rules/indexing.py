@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import torch
 from torch import fx
 
-from graphsplit.analysis.facts import Facts, Path, argument, rule
+from graphsplit.analysis.facts import Facts, Path, argument, indexed, rolled, rule, written_places
 from graphsplit.analysis.inference import Inference, whole
-from graphsplit.analysis.rules.pointwise import align
+from graphsplit.analysis.rules.pointwise import align, meet
 from graphsplit.analysis.units import Factors, Ids, varying
 from graphsplit.graphs import node_arg, node_list_arg
 
@@ -48,7 +49,17 @@ def cut(inference: Inference, node: fx.Node, index: Any, position: int = 1) -> F
         return whole(inference, node, "a slice along units whose bounds depend on the batch")
     if symbolic:
         index = slice(None)
-    return Facts(tuple(_take(ids, dim, index) for ids in factors), linear=(x,), keeps_zero=True)
+    taken = tuple(_take(ids, dim, index) for ids in factors)
+    return Facts(taken, linear=(x,), keeps_zero=True, whole=_alone(factors, taken))
+
+
+ONE_UNIT = "one unit is taken by itself"
+
+
+def _alone(before: Factors, after: Factors) -> str | None:
+    """A reason where a piece holds one unit alone, which is then in every sub-model."""
+    pairs = zip(before, after, strict=True)
+    return ONE_UNIT if any(varying(ids) and not varying(own) for ids, own in pairs) else None
 
 
 @rule("slice.Tensor")
@@ -82,10 +93,9 @@ def unbind(inference: Inference, node: fx.Node) -> Facts:
     rank = len(inference.shape(x))
     dim = int(argument(node, 1, "dim", 0)) % rank
     factors = inference.factors(x)
-    count = len(node.meta["value"])
-    return Facts(
-        [tuple(_take(ids, dim, i) for ids in factors) for i in range(count)], linear=(x,), keeps_zero=True
-    )
+    pieces = [tuple(_take(ids, dim, i) for ids in factors) for i in range(len(node.meta["value"]))]
+    reasons = [_alone(factors, piece) for piece in pieces]
+    return Facts(list(pieces), linear=(x,), keeps_zero=True, whole=next(filter(None, reasons), None))
 
 
 @rule(
@@ -100,13 +110,15 @@ def split(inference: Inference, node: fx.Node) -> Facts:
     x = node_arg(node)
     rank = len(inference.shape(x))
     dim = int(argument(node, 2, "dim", 0)) % rank
+    factors = inference.factors(x)
     pieces: list[Factors] = []
     start = 0
     for piece in node.meta["value"]:
         size = piece.shape[dim]
-        pieces.append(tuple(_take(ids, dim, slice(start, start + size)) for ids in inference.factors(x)))
+        pieces.append(tuple(_take(ids, dim, slice(start, start + size)) for ids in factors))
         start += size
-    return Facts(list(pieces), linear=(x,), keeps_zero=True)
+    reasons = [_alone(factors, piece) for piece in pieces]
+    return Facts(list(pieces), linear=(x,), keeps_zero=True, whole=next(filter(None, reasons), None))
 
 
 @rule("cat.default", "concat.default", "concatenate.default")
@@ -179,40 +191,76 @@ def stack(inference: Inference, node: fx.Node) -> Facts:
     return Facts(tuple(np.expand_dims(ids, dim) for ids in factors), expects, linear=linear, keeps_zero=True)
 
 
-@rule("slice_scatter.default")
-def slice_scatter(inference: Inference, node: fx.Node) -> Facts:
-    """``x[..., start:end:step, ...] = y``."""
-    bounds = slice(argument(node, 3, "start"), argument(node, 4, "end"), argument(node, 5, "step", 1))
-    return _scatter(inference, node, bounds)
-
-
-@rule("select_scatter.default")
-def select_scatter(inference: Inference, node: fx.Node) -> Facts:
-    """``x[..., index, ...] = y``."""
-    return _scatter(inference, node, argument(node, 3, "index"))
-
-
-def _scatter(inference: Inference, node: fx.Node, index: Any) -> Facts:
+@rule("slice_scatter.default", "select_scatter.default")
+def scatter_into_slice(inference: Inference, node: fx.Node) -> Facts:
+    """``x[..., start:end:step, ...] = y`` or ``x[..., index, ...] = y``: ids are written as the data is."""
     x, y = node.args[:2]
     assert isinstance(x, fx.Node) and isinstance(y, fx.Node)
-    dim = int(argument(node, 2, "dim", 0)) % len(inference.shape(x))
+    shape = inference.shape(x)
+    rank = len(shape)
+    dim = int(argument(node, 2, "dim", 0)) % rank
     base, piece = inference.factors(x), inference.factors(y)
-    if any(ids.shape[dim] > 1 for ids in base) or len(base) > 1 or len(piece) > 1:
-        return whole(inference, node, "a write into a slice of units")
-    if isinstance(index, int):
+    piece_shape = inference.shape(y)
+    selects = len(piece_shape) < rank
+    if selects:
         piece = tuple(np.expand_dims(ids, dim) for ids in piece)
-    if any(ids.shape[dim] > 1 for ids in piece) or len(base) != len(piece):
-        return whole(inference, node, "a write into a slice of units")
-    for ids, own in zip(base, piece, strict=True):
-        inference.units.couple(ids, own)
-    return Facts(base, linear=tuple(n for n in (x, y) if not inference.is_common(n)))
+        piece_shape = (*piece_shape[:dim], 1, *piece_shape[dim:])
+    along = [[ids for ids in found if ids.shape[dim] > 1] for found in (base, piece)]
+    linear = tuple(operand for operand in (x, y) if not inference.is_common(operand))
+    if any(isinstance(argument(node, place, ""), fx.Node) for place in (3, 4)):
+        return whole(inference, node, "a write into a slice whose bounds depend on the batch")
+    if selects and along[0]:
+        along[1] = [ids for ids in piece if set(varying(ids)) & set(varying(along[0][0]))]
+    taken = {d for found in along for ids in found for d in varying(ids)}
+    rest = [[ids for ids in found if not set(varying(ids)) & taken] for found in (base, piece)]
+    factors, expects = meet(
+        inference, rank, [((0,), shape, tuple(rest[0])), ((1,), piece_shape, tuple(rest[1]))]
+    )
+    if taken:
+        if any(len(found) > 1 for found in along) or any(
+            len(a) + len(b) < len(c) for a, b, c in zip(along, rest, (base, piece), strict=True)
+        ):
+            return whole(inference, node, "a write into a slice of several kinds of units")
+        ids = _written(inference, node, dim, taken, along, (shape, piece_shape))
+        written = np.take(ids, written_places(node, shape[dim]), axis=dim)
+        places: tuple[Path, Path] = ((0,), (1,))
+        for path, found, own in zip(places, along, (ids, written), strict=True):
+            if not found:
+                expects[path] = (*expects.get(path, ()), own)
+        factors = (*factors, ids)
+    if selects and (1,) in expects:
+        expects[(1,)] = tuple(np.take(ids, 0, axis=dim) for ids in expects[(1,)])
+        expects[(1,)] = tuple(ids for ids in expects[(1,)] if varying(ids))
+    return Facts(factors, expects, linear=linear)
 
 
-@rule("index.Tensor")
+def _written(
+    inference: Inference, node: fx.Node, dim: int, taken: set[int], along: list[list[Ids]],
+    shapes: tuple[tuple[int, ...], tuple[int, ...]],
+) -> Ids:  # fmt: skip
+    """Ids of a tensor into which another was written along units.
+
+    Entries of one that has no units (zeros) become units of their own: each sub-model has its slice of them.
+    """
+    filled = []
+    for found, shape in zip(along, shapes, strict=True):
+        target = [size if d == dim or d in taken else 1 for d, size in enumerate(shape)]
+        own = found[0] if found else inference.units.fresh(math.prod(target)).reshape(target)
+        filled.append(np.broadcast_to(own, target))
+    ids = filled[0].copy()
+    ids[(slice(None),) * dim + (written_places(node, shapes[0][dim]),)] = filled[1]
+    return ids
+
+
+@rule("index.Tensor", "index_select.default")
 def index_tensor(inference: Inference, node: fx.Node) -> Facts:
-    """``x[index, ...]`` by tensors of indices: indexed dimensions are whole, the others stay."""
+    """``x[index, ...]``: indexed dimensions are whole, unless the indices are constants; the others stay."""
     x = node_arg(node)
+    rank = len(inference.shape(x))
     indices: Any = node.args[1]
+    if not isinstance(indices, (list, tuple)):
+        dim, index = indexed(node, rank)
+        indices = [None] * dim + [index]
     if any(inference.factors(index) for index in indices if isinstance(index, fx.Node)):
         return whole(inference, node, "indices that are units themselves")
     places = [dim for dim, index in enumerate(indices) if index is not None]
@@ -220,52 +268,25 @@ def index_tensor(inference: Inference, node: fx.Node) -> Facts:
     if any(value.dtype in (torch.bool, torch.uint8) for value in values):
         return whole(inference, node, "an index by a mask")
     shape = np.broadcast_shapes(*(value.shape for value in values))
-    if x.op == "get_attr" and x not in inference.common:
-        for dim in places:
-            inference.adopt(x, dim, None)
+    known = None
+    if len(places) == 1 and len(shape) == 1:
+        known = inference.constant(indices[places[0]])
+    if known is None:
+        factors, lost = inference.hold(x, places)
+    else:
+        factors, lost = inference.factors(x), False
     adjacent = places == list(range(places[0], places[-1] + 1))
     outputs = []
-    reason = None
-    for ids in inference.factors(x):
-        hit = [dim for dim in places if ids.shape[dim] > 1]
-        if hit and any(dim not in places for dim in varying(ids)):
-            ids = inference.units.tie(ids, hit)
-        elif hit:
-            inference.units.share(ids)
-            reason = "an index along units"
+    for ids in factors:
+        if known is not None:
+            size = ids.shape[places[0]]
+            outputs.append(ids if size == 1 else np.take(ids, known % size, axis=places[0]))
             continue
         rest = [ids.shape[dim] for dim in range(ids.ndim) if dim not in places]
         at = places[0] if adjacent else 0
         outputs.append(ids.reshape([*rest[:at], *([1] * len(shape)), *rest[at:]]))
-    return Facts(tuple(outputs), linear=(x,), whole=reason)
-
-
-@rule("index_select.default")
-def index_select(inference: Inference, node: fx.Node) -> Facts:
-    """Entries of one dimension by a tensor of indices."""
-    x, dim, index = node.args
-    assert isinstance(x, fx.Node) and isinstance(dim, int)
-    dim %= len(inference.shape(x))
-    if inference.factors(index):
-        return whole(inference, node, "indices that are units themselves")
-    outputs = []
-    for ids in inference.factors(x):
-        if ids.shape[dim] > 1:
-            if len(varying(ids)) == 1:
-                inference.units.share(ids)
-                continue
-            ids = inference.units.tie(ids, [dim])
-        outputs.append(ids)
-    return Facts(tuple(outputs), linear=(x,))
-
-
-@rule("gather.default", "take_along_dim.default")
-def gather(inference: Inference, node: fx.Node) -> Facts:
-    """Entries by position along one dimension that holds no units, from a value without units elsewhere."""
-    x, _, index = node.args[:3]
-    if inference.factors(x) or inference.factors(index):
-        return whole(inference, node, "a look-up by position on units")
-    return Facts(())
+    reason = "an index along units" if lost else None
+    return Facts(tuple(outputs), linear=(x,), keeps_zero=True, whole=reason)
 
 
 @rule("flip.default")
@@ -284,14 +305,18 @@ def flip(inference: Inference, node: fx.Node) -> Facts:
 
 @rule("roll.default")
 def roll(inference: Inference, node: fx.Node) -> Facts:
-    """A cyclic shift along dimensions without units."""
+    """A cyclic shift along dimensions."""
     x = node_arg(node)
-    rank = len(inference.shape(x))
-    dims = [dim % rank for dim in argument(node, 2, "dims", [])]
+    shifts, dims = rolled(node, len(inference.shape(x)))
     factors = inference.factors(x)
-    if not dims or any(ids.shape[dim] > 1 for ids in factors for dim in dims):
-        return whole(inference, node, "a cyclic shift along units")
-    return Facts(factors, linear=(x,), keeps_zero=True)
+    if not dims and factors:
+        return whole(inference, node, "a cyclic shift of all dimensions at once")
+    outputs = []
+    for ids in factors:
+        for shift, dim in zip(shifts, dims, strict=True):
+            ids = np.roll(ids, shift, dim)
+        outputs.append(ids)
+    return Facts(tuple(outputs), linear=(x,), keeps_zero=True)
 
 
 @rule("tril.default", "triu.default")

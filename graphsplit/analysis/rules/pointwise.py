@@ -20,7 +20,12 @@ UNARY = [
     "relu6", "round", "rrelu", "rsqrt", "selu", "sgn", "sigmoid", "sign", "silu", "sin", "sinc", "sinh",
     "softplus", "softshrink", "softsign", "special_expit", "special_erf", "sqrt", "square", "tan", "tanh",
     "tanhshrink", "threshold", "trunc", "nan_to_num", "zeros_like", "ones_like", "full_like", "empty_like",
-    "rand_like", "randn_like", "bernoulli", "cosh", "asinh", "acosh", "atanh",
+    "rand_like", "randn_like", "bernoulli", "cosh", "asinh", "acosh", "atanh", "real", "imag", "conj",
+    "conj_physical", "resolve_conj", "resolve_neg", "isposinf", "isneginf", "signbit", "rad2deg", "erfinv",
+    "lgamma", "digamma", "i0", "special_i0e", "special_i1", "special_i1e", "special_entr",
+    "special_log_ndtr", "special_ndtr", "special_ndtri", "arccos", "arcsin", "arctan", "arccosh", "arcsinh",
+    "arctanh", "absolute", "fix", "special_erfc", "special_expm1", "special_exp2", "special_sinc",
+    "special_log1p", "special_round", "special_digamma", "special_gammaln", "lift_fresh_copy",
 ]  # fmt: skip
 
 # Several tensors, broadcast against each other.
@@ -30,7 +35,10 @@ NARY = [
     "greater_equal", "not_equal", "equal", "logical_and", "logical_or", "logical_xor", "bitwise_and",
     "bitwise_or", "bitwise_xor", "__and__", "__or__", "__xor__", "where", "masked_fill", "addcmul", "addcdiv",
     "lerp", "multiply", "divide", "subtract", "copysign", "hypot", "logaddexp", "xlogy", "clamp", "clamp_min",
-    "clamp_max", "clip", "fill", "copy", "heaviside",
+    "clamp_max", "clip", "fill", "copy", "heaviside", "complex", "polar", "logaddexp2", "fmax", "fmin",
+    "float_power", "ldexp", "nextafter", "isclose", "gcd", "lcm", "bitwise_left_shift",
+    "bitwise_right_shift", "__lshift__", "__rshift__", "special_xlog1py", "special_xlogy", "special_zeta",
+    "arctan2", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss",
 ]  # fmt: skip
 
 # Zero in, zero out: such an op keeps cross weights at zero.
@@ -38,15 +46,16 @@ KEEPS_ZERO = {
     "abs", "alias", "clone", "contiguous", "detach", "dropout", "feature_dropout", "floor", "neg", "relu",
     "sign", "sin", "sqrt", "square", "tan", "tanh", "trunc", "mul", "multiply", "div", "divide",
     "true_divide", "gelu", "silu", "leaky_relu", "elu", "hardtanh", "erf", "expm1", "log1p", "round", "ceil",
-    "sgn", "asin", "atan", "sinh", "to",
+    "sgn", "asin", "atan", "sinh", "to", "real", "imag", "conj", "conj_physical", "resolve_conj",
+    "resolve_neg", "complex", "polar", "lift_fresh_copy",
 }  # fmt: skip
 
 # Affine in the first operand: f(mean of x) = mean of f(x).
 LINEAR = {
     "alias", "clone", "contiguous", "detach", "dropout", "feature_dropout", "neg", "negative", "positive",
-    "to",
+    "to", "real", "imag", "conj", "conj_physical", "resolve_conj", "resolve_neg", "lift_fresh_copy",
 }  # fmt: skip
-LINEAR_JOINTLY = {"add", "sub", "subtract", "rsub"}
+LINEAR_JOINTLY = {"add", "sub", "subtract", "rsub", "complex"}
 LINEAR_IN_FIRST = {"div", "divide", "true_divide"}
 LINEAR_IN_ONE = {"mul", "multiply"}
 
@@ -64,19 +73,27 @@ def align(
         _adopt_from_others(inference, node, rank, parts)
     for _, node in parts:
         _yield_to_data(inference, node, rank, parts)
+    return meet(inference, rank, [(path, inference.shape(n), inference.factors(n)) for path, n in parts])
+
+
+Met = tuple[Path, tuple[int, ...], Factors]
+"""An operand among others: its place, its shape, its factors."""
+
+
+def meet(inference: Inference, rank: int, given: list[Met]) -> tuple[Factors, dict[Path, Factors]]:
+    """`align` for operands whose factors are known."""
     groups: list[tuple[set[int], list[Ids]]] = []
-    for _, node in parts:
-        shape = inference.shape(node)
-        for ids in inference.factors(node):
+    for _, shape, own in given:
+        for ids in own:
             lifted = ids.reshape((1,) * (rank - len(shape)) + ids.shape)
             groups = _join(groups, set(varying(lifted)), lifted)
     factors = []
     for _, members in groups:
         for other in members[1:]:
             inference.units.couple(members[0], other)
-        factors.append(_settle_for(inference, _widest(members), rank, parts))
+        factors.append(_settle_for(inference, _widest(members), rank, given))
     factors = [ids for ids in factors if varying(ids)]
-    return tuple(factors), _slices(inference, parts, factors)
+    return tuple(factors), _slices(given, factors)
 
 
 def _adopt_from_others(
@@ -128,13 +145,12 @@ def _join(
     return [*rest, (dims, [*members, ids])]
 
 
-def _settle_for(inference: Inference, ids: Ids, rank: int, parts: list[tuple[Path, fx.Node]]) -> Ids:
+def _settle_for(inference: Inference, ids: Ids, rank: int, given: list[Met]) -> Ids:
     """Choose what carries a factor of several dimensions where an operand without units has only some of them
     (a rotary table ``[S, D]`` met by heads ``[H, D]``)."""
-    for _, node in parts:
-        shape = inference.shape(node)
+    for _, shape, factors in given:
         offset = rank - len(shape)
-        own = {dim + offset for factor in inference.factors(node) for dim in varying(factor)}
+        own = {dim + offset for factor in factors for dim in varying(factor)}
         met = [dim for dim in varying(ids) if dim >= offset and shape[dim - offset] > 1]
         if met and not own & set(met):
             ids = inference.units.settle(ids, met)
@@ -149,14 +165,11 @@ def _widest(members: list[Ids]) -> Ids:
     return np.broadcast_to(members[0], shape)
 
 
-def _slices(
-    inference: Inference, parts: list[tuple[Path, fx.Node]], factors: list[Ids]
-) -> dict[Path, Factors]:
+def _slices(given: list[Met], factors: list[Ids]) -> dict[Path, Factors]:
     """For operands without units where the result has some: the factors by which they are sliced."""
     expects: dict[Path, Factors] = {}
-    for path, node in parts:
-        shape = inference.shape(node)
-        own = {dim for ids in inference.factors(node) for dim in varying(ids)}
+    for path, shape, held in given:
+        own = {dim for ids in held for dim in varying(ids)}
         lacking = False
         wanted = []
         for ids in factors:

@@ -9,6 +9,7 @@ from torch import fx
 
 from graphsplit.analysis.facts import Facts, argument, rule
 from graphsplit.analysis.inference import Inference, whole
+from graphsplit.analysis.rules.pointwise import Met, meet
 from graphsplit.analysis.units import SHARED, Factors, Ids, varying
 from graphsplit.graphs import base_name, node_arg
 
@@ -33,6 +34,9 @@ def _spatial(inference: Inference, node: fx.Node, count: int) -> tuple[Factors, 
     "upsample_bilinear2d.vec", "upsample_nearest1d.vec", "upsample_nearest2d.vec", "upsample_nearest3d.vec",
     "upsample_trilinear3d.vec", "upsample_bicubic2d.vec", "_upsample_bicubic2d_aa.vec",
     "_upsample_bilinear2d_aa.vec", "upsample_nearest2d.default", "upsample_bilinear2d.default",
+    "lp_pool3d.default", "reflection_pad3d.default", "replication_pad3d.default",
+    *(f"_upsample_nearest_exact{n}d.vec" for n in (1, 2, 3)),
+    *(f"upsample_nearest_exact{n}d.vec" for n in (1, 2, 3)),
 )  # fmt: skip
 def pool(inference: Inference, node: fx.Node) -> Facts:
     """Windows over the last one, two or three dimensions."""
@@ -54,13 +58,48 @@ def pool(inference: Inference, node: fx.Node) -> Facts:
 
 
 @rule(
-    "max_pool1d_with_indices.default", "max_pool2d_with_indices.default", "adaptive_max_pool1d.default",
+    "max_pool1d_with_indices.default", "max_pool2d_with_indices.default", "max_pool3d_with_indices.default",
+    "adaptive_max_pool1d.default",
     "adaptive_max_pool2d.default", "adaptive_max_pool3d.default",
 )  # fmt: skip
 def pool_with_indices(inference: Inference, node: fx.Node) -> Facts:
     """Values and positions."""
     factors, free = _spatial(inference, node, _spatial_dims(node))
     return Facts([factors, factors]) if free else whole(inference, node, "a pooling window runs over units")
+
+
+@rule("max_unpool2d.default", "max_unpool3d.default")
+def unpool(inference: Inference, node: fx.Node) -> Facts:
+    """Values at the positions of their maxima, zeros elsewhere, each channel by itself."""
+    count = _spatial_dims(node)
+    parts: list[Met] = []
+    lost = False
+    for place in range(2):
+        operand = node_arg(node, place)
+        shape = inference.shape(operand)
+        factors, gone = inference.hold(operand, range(len(shape) - count, len(shape)))
+        parts.append(((place,), shape, factors))
+        lost |= gone
+    found, expects = meet(inference, node.meta["value"].ndim, parts)
+    return Facts(found, expects, whole="positions in space are units" if lost else None)
+
+
+@rule("grid_sampler.default")
+def grid_sample(inference: Inference, node: fx.Node) -> Facts:
+    """``y[n, c, s] = x[n, c, grid[n, s]]``, interpolated: linear in ``x``; the positions are whole."""
+    x, grid = node_arg(node), node_arg(node, 1)
+    factors, lost = inference.hold(x, range(2, len(inference.shape(x))))
+    _, gone = inference.hold(grid, range(len(inference.shape(grid))))
+    linear = (x,) if inference.is_common(grid) else ()
+    return Facts(factors, linear=linear, whole="positions in space are units" if lost or gone else None)
+
+
+@rule("affine_grid_generator.default")
+def affine_grid(inference: Inference, node: fx.Node) -> Facts:
+    """Positions from affine maps, linear in these, which are whole."""
+    theta = node_arg(node)
+    _, lost = inference.hold(theta, range(len(inference.shape(theta))))
+    return Facts((), linear=(theta,), whole="positions in space are units" if lost else None)
 
 
 def _across_channels(inference: Inference, node: fx.Node, factors: Factors, count: int) -> Facts | None:

@@ -1,4 +1,4 @@
-"""Recurrent layers: hidden units are units, weights by gate."""
+"""Recurrent layers and cells: hidden units are units, weights by gate."""
 
 from __future__ import annotations
 
@@ -7,68 +7,138 @@ from typing import Any
 import numpy as np
 from torch import fx
 
-from graphsplit.analysis.facts import Facts, rule
+from graphsplit.analysis.facts import Facts, Path, rule
 from graphsplit.analysis.inference import Inference, whole
 from graphsplit.analysis.units import Factors, Ids, varying
-from graphsplit.graphs import base_name
+from graphsplit.graphs import base_name, node_arg
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 
 
 @rule("lstm.input", "gru.input", "rnn_tanh.input", "rnn_relu.input")
 def recurrent(inference: Inference, node: fx.Node) -> Facts:
-    """``y, h_n(, c_n) = rnn(x, h_0, [w_ih, w_hh, b_ih, b_hh] per layer and direction)``.
+    """``y, h_n(, c_n) = rnn(x, h_0, [w_ih, w_hh, b_ih, b_hh, w_hr] per layer and direction)``.
 
     A unit is one hidden unit of one direction of one layer, with its rows of all gates. Every gate of a unit
-    stays with it; the hidden state it is given is cut.
+    stays with it; the hidden state it is given is cut. With projections (``w_hr``) the projected state has
+    units of its own.
     """
     name = base_name(node)
-    gates = GATES[name]
     arguments: tuple[Any, ...] = node.args[:9]
     x, hx, params, has_biases, layers, _, _, bidirectional, _ = arguments
-    states = list(hx) if isinstance(hx, (list, tuple)) else [hx]
+    several = isinstance(hx, (list, tuple))
+    states = list(hx) if several else [hx]
     directions = 2 if bidirectional else 1
-    per_layer = (4 if has_biases else 2) * directions
-    if len(params) != per_layer * layers or not all(inference.is_common(state) for state in states):
-        return whole(inference, node, f"{name} with projections or a learned initial state")
+    count = len(params) // (directions * layers)
+    projected = count == (5 if has_biases else 3)
     if any(not isinstance(p, fx.Node) or p.op != "get_attr" for p in params):
         return whole(inference, node, f"{name} with computed weights")
-    rank = len(inference.shape(x))
-    current: Ids | None = None
-    for ids in inference.factors(x):
-        if varying(ids) != (rank - 1,):
-            return whole(inference, node, f"{name} over an input whose units are not its features")
-        current = ids.ravel()
-    last: list[Ids] = []
-    finals: list[Ids] = []
+    found = _features(inference, x)
+    if found is None:
+        return whole(inference, node, f"{name} over an input whose units are not its features")
+    current = found[0] if found else None
+    hidden: list[Ids] = []
+    cells: list[Ids] = []
     for layer in range(layers):
         last = []
         for direction in range(directions):
-            start = layer * per_layer + direction * (per_layer // directions)
-            w_ih, w_hh, *biases = params[start : start + per_layer // directions]
-            hidden = inference.shape(w_hh)[1]
-            if inference.unset(w_hh, 1):
-                inference.adopt(w_hh, 1, inference.units.fresh(hidden))
-            units = inference.state[str(w_hh.target)][1]
-            assert units is not None
-            rows = np.tile(units, gates)
-            inference.adopt(w_hh, 0, rows)
-            inference.adopt(w_ih, 0, rows)
-            inference.adopt(w_ih, 1, current)
-            for bias in biases:
-                inference.adopt(bias, 0, rows)
+            start = (layer * directions + direction) * count
+            weights = params[start : start + count]
+            projection = weights.pop() if projected else None
+            units, inner = _gates(inference, GATES[name], current, weights, projection)
             last.append(units)
-            finals.append(units)
+            hidden.append(units)
+            cells.append(inner)
         current = np.concatenate(last)
     assert current is not None
     # The layers of h_n stand in one tensor: unit j of each goes to the same sub-model.
-    for units in finals[1:]:
-        inference.units.couple(finals[0], units)
-    output = current.reshape((1,) * (rank - 1) + (-1,))
-    state_rank = len(inference.shape(states[0]))
-    final = finals[0].reshape((1,) * (state_rank - 1) + (-1,))
-    outputs: list[Factors] = [(output,), *((final,) for _ in states)]
-    facts = Facts(outputs)
-    for position in range(len(states)):
-        facts.expects[(1, position) if isinstance(hx, (list, tuple)) else (1,)] = (final,)
+    for finals in (hidden, cells):
+        for units in finals[1:]:
+            inference.units.couple(finals[0], units)
+    rank = len(inference.shape(x))
+    facts = Facts([])
+    outputs: list[Factors] = [(current.reshape((1,) * (rank - 1) + (-1,)),)]
+    for position, (state, units) in enumerate(zip(states, (hidden[0], cells[0]), strict=False)):
+        path: Path = (1, position) if several else (1,)
+        outputs.append((_meet_state(inference, facts, path, state, units),))
+    facts.outputs = outputs
     return facts
+
+
+@rule("lstm_cell.default", "gru_cell.default", "rnn_tanh_cell.default", "rnn_relu_cell.default")
+def cell(inference: Inference, node: fx.Node) -> Facts:
+    """One step of a recurrent layer: ``h'(, c') = cell(x, h(, c), w_ih, w_hh, b_ih, b_hh)``."""
+    name = base_name(node).removesuffix("_cell")
+    arguments: Any = node.args
+    x, hx, *weights = arguments
+    if any(not isinstance(p, fx.Node) or p.op != "get_attr" for p in weights if p is not None):
+        return whole(inference, node, f"a cell of {name} with computed weights")
+    found = _features(inference, x)
+    if found is None:
+        return whole(inference, node, f"a cell of {name} over an input whose units are not its features")
+    given = [weight for weight in weights if weight is not None]
+    units, _ = _gates(inference, GATES[name], found[0] if found else None, given, None)
+    facts = Facts([])
+    if name == "lstm":
+        assert isinstance(hx, (list, tuple))
+        facts.outputs = [
+            (_meet_state(inference, facts, (1, place), state, units),) for place, state in enumerate(hx)
+        ]
+    else:
+        facts.outputs = (_meet_state(inference, facts, (1,), node_arg(node, 1), units),)
+    return facts
+
+
+def _features(inference: Inference, x: Any) -> list[Ids] | None:
+    """Ids of the features of an input (none, or one array); None where others of its dimensions are units."""
+    rank = len(inference.shape(x))
+    found = []
+    for ids in inference.factors(x):
+        if varying(ids) != (rank - 1,):
+            return None
+        found.append(ids.ravel())
+    return found
+
+
+def _gates(
+    inference: Inference, gates: int, x: Ids | None, weights: list[fx.Node], projection: fx.Node | None
+) -> tuple[Ids, Ids]:
+    """Couple the weights of one layer; returns the units of its output and those of its cells."""
+    w_ih, w_hh, *biases = weights
+    out = _units_of(inference, w_hh, 1)
+    inner = out
+    if projection is not None:
+        inference.adopt(projection, 0, out)
+        inner = _units_of(inference, projection, 1)
+    rows = np.tile(inner, gates)
+    inference.adopt(w_hh, 0, rows)
+    inference.adopt(w_ih, 0, rows)
+    inference.adopt(w_ih, 1, x)
+    for bias in biases:
+        inference.adopt(bias, 0, rows)
+    return out, inner
+
+
+def _units_of(inference: Inference, weight: fx.Node, dim: int) -> Ids:
+    """Ids of a dimension of a weight."""
+    if inference.unset(weight, dim):
+        inference.adopt(weight, dim, inference.units.fresh(inference.shape(weight)[dim]))
+    units = inference.state[str(weight.target)][dim]
+    # A hidden state of one unit has no dimension of units.
+    return np.zeros(inference.shape(weight)[dim], np.int64) if units is None else units
+
+
+def _meet_state(inference: Inference, facts: Facts, path: Path, state: fx.Node, units: Ids) -> Ids:
+    """Couple a given state with the units of the layer, or cut it; returns the factor of the new one."""
+    rank = len(inference.shape(state))
+    final = units.reshape((1,) * (rank - 1) + (-1,))
+    cut = True
+    for ids in inference.factors(state):
+        if ids.shape[rank - 1] > 1:
+            inference.units.couple(ids, final)
+            cut = False
+        else:
+            inference.units.share(ids)
+    if cut:
+        facts.expects[path] = (final,)
+    return final

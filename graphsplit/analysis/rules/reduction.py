@@ -61,6 +61,33 @@ def _reduced(inference: Inference, x: fx.Node, dims: list[int], rank: int, name:
     return facts
 
 
+@rule(
+    "var_mean.default", "var_mean.dim", "var_mean.correction", "std_mean.default", "std_mean.dim",
+    "std_mean.correction",
+)  # fmt: skip
+def moments(inference: Inference, node: fx.Node) -> Facts:
+    """Variance (or its root) and mean over dimensions."""
+    x = node_arg(node)
+    rank = len(inference.shape(x))
+    dim = argument(node, 1, "dim")
+    values: Any = node.meta["value"]
+    dims = _dims(None if isinstance(dim, bool) else dim, rank)
+    facts = _reduced(inference, x, dims, values[0].ndim, "var")
+    assert isinstance(facts.outputs, tuple)
+    facts.outputs = [facts.outputs, facts.outputs]
+    return facts
+
+
+@rule("histc.default", "bincount.default")
+def counts(inference: Inference, node: fx.Node) -> Facts:
+    """How many entries fall into each class: each sub-model counts its own."""
+    x = node_arg(node)
+    facts = Facts(())
+    for ids in inference.factors(x):
+        facts.mixes.append((ids, varying(ids)))
+    return facts
+
+
 @rule("max.dim", "min.dim", "median.dim", "mode.default")
 def reduce_with_indices(inference: Inference, node: fx.Node) -> Facts:
     """Values and positions along one dimension."""
@@ -91,6 +118,15 @@ def along(inference: Inference, node: fx.Node) -> Facts:
             facts.mixes.append((ids, over))
         outputs.append(ids)
     facts.outputs = tuple(outputs)
+    return facts
+
+
+@rule("cummax.default", "cummin.default")
+def running(inference: Inference, node: fx.Node) -> Facts:
+    """The largest (smallest) entry so far along a dimension, and its place."""
+    facts = along(inference, node)
+    assert isinstance(facts.outputs, tuple)
+    facts.outputs = [facts.outputs, facts.outputs]
     return facts
 
 

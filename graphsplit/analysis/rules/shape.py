@@ -8,12 +8,13 @@ import numpy as np
 from torch import fx
 
 from graphsplit.analysis.facts import Facts, argument, rule
-from graphsplit.analysis.inference import Inference
+from graphsplit.analysis.inference import Inference, whole
 from graphsplit.analysis.units import Factors, Ids, reshape_ids, varying
 from graphsplit.graphs import int_arg, node_arg
 
 
 def _moved(node: fx.Node, factors: Factors) -> Facts:
+    """A result that is linear in the first operand."""
     x = node_arg(node)
     return Facts(factors, linear=(x,), keeps_zero=True)
 
@@ -108,6 +109,105 @@ def repeat_interleave(inference: Inference, node: fx.Node) -> Facts:
     return _moved(node, tuple(outputs))
 
 
+@rule("unfold.default")
+def unfold(inference: Inference, node: fx.Node) -> Facts:
+    """Windows along one dimension, their entries on a new last one; windows over units must not overlap."""
+    x = node_arg(node)
+    shape = inference.shape(x)
+    dim, size, step = (int_arg(node, place) for place in (1, 2, 3))
+    dim %= max(len(shape), 1)
+    outputs, reason = [], None
+    for ids in inference.factors(x):
+        if ids.shape[dim] == 1:
+            outputs.append(ids[..., None])
+        elif step == size and shape[dim] % size == 0:
+            windows = np.lib.stride_tricks.sliding_window_view(ids, size, axis=dim)
+            outputs.append(windows[(slice(None),) * dim + (slice(None, None, step),)])
+        else:
+            inference.units.share(ids)
+            reason = "overlapping windows along units"
+    facts = _moved(node, tuple(outputs))
+    facts.whole = reason
+    return facts
+
+
+@rule("diff.default")
+def diff(inference: Inference, node: fx.Node) -> Facts:
+    """``x[1:] - x[:-1]`` along a dimension that holds no units."""
+    x = node_arg(node)
+    rank = len(inference.shape(x))
+    if any(argument(node, place, name) is not None for place, name in ((3, "prepend"), (4, "append"))):
+        return whole(inference, node, "diff with values before or after")
+    factors, lost = inference.hold(x, [int(argument(node, 2, "dim", -1)) % rank])
+    return Facts(factors, linear=(x,), keeps_zero=True, whole="diff along units" if lost else None)
+
+
+@rule("one_hot.default")
+def one_hot(inference: Inference, node: fx.Node) -> Facts:
+    """A class number as a line of zeros and a one, on a new last dimension."""
+    return Facts(tuple(ids[..., None] for ids in inference.factors(node_arg(node))))
+
+
+@rule("view_as_complex.default")
+def view_as_complex(inference: Inference, node: fx.Node) -> Facts:
+    """``x[..., 0] + i x[..., 1]``."""
+    x = node_arg(node)
+    factors, lost = inference.hold(x, [len(inference.shape(x)) - 1])
+    facts = _moved(node, tuple(ids[..., 0] for ids in factors))
+    facts.whole = "real and imaginary parts are units" if lost else None
+    return facts
+
+
+@rule("view_as_real.default")
+def view_as_real(inference: Inference, node: fx.Node) -> Facts:
+    """Real and imaginary part on a new last dimension."""
+    return _moved(node, tuple(ids[..., None] for ids in inference.factors(node_arg(node))))
+
+
+@rule("channel_shuffle.default", "native_channel_shuffle.default")
+def channel_shuffle(inference: Inference, node: fx.Node) -> Facts:
+    """``[N, g c, ...]`` to ``[N, c g, ...]``: one place of all groups stays together, or a whole group."""
+    x = node_arg(node)
+    groups = int_arg(node, 1)
+    shape = inference.shape(x)
+    apart = (shape[0], groups, shape[1] // groups, *shape[2:])
+    outputs = []
+    for ids in inference.factors(x):
+        taken = np.swapaxes(inference.units.settle(reshape_ids(ids, shape, apart), [1]), 1, 2)
+        outputs.append(reshape_ids(taken, (shape[0], apart[2], groups, *shape[2:]), shape))
+    return _moved(node, tuple(outputs))
+
+
+@rule("diagonal.default")
+def diagonal(inference: Inference, node: fx.Node) -> Facts:
+    """The diagonal of two dimensions that hold no units, as a new last dimension."""
+    x = node_arg(node)
+    rank = len(inference.shape(x))
+    dims = [int(argument(node, place, f"dim{place - 1}", place - 2)) % rank for place in (2, 3)]
+    factors, lost = inference.hold(x, dims)
+    outputs = []
+    for ids in factors:
+        outputs.append(ids.reshape([size for dim, size in enumerate(ids.shape) if dim not in dims] + [1]))
+    facts = _moved(node, tuple(outputs))
+    facts.whole = "a diagonal over units" if lost else None
+    return facts
+
+
+@rule(
+    "matrix_exp.default", "linalg_matrix_exp.default", "inverse.default", "linalg_inv.default",
+    "det.default", "linalg_det.default", "logdet.default", "matrix_power.default",
+    "linalg_matrix_power.default", "cholesky.default", "linalg_cholesky.default", "trace.default",
+)  # fmt: skip
+def of_matrices(inference: Inference, node: fx.Node) -> Facts:
+    """A function of the matrices on the last two dimensions: a matrix belongs to one unit."""
+    x = node_arg(node)
+    rank = len(inference.shape(x))
+    factors, lost = inference.hold(x, [rank - 2, rank - 1])
+    count = node.meta["value"].ndim
+    outputs = tuple(ids if count == rank else ids.reshape(ids.shape[: rank - 2]) for ids in factors)
+    return Facts(outputs, whole="a matrix of units" if lost else None)
+
+
 @rule("pixel_shuffle.default")
 def pixel_shuffle(inference: Inference, node: fx.Node) -> Facts:
     """``[N, C r², H, W]`` to ``[N, C, H r, W r]``."""
@@ -145,7 +245,13 @@ def im2col(inference: Inference, node: fx.Node) -> Facts:
     x = node_arg(node)
     kernel: Any = node.args[1]
     times = kernel[0] * kernel[1]
-    return _moved(node, tuple(np.repeat(ids[..., 0], times, axis=-2) for ids in inference.factors(x)))
+    rank = len(inference.shape(x))
+    factors, lost = inference.hold(x, [rank - 2, rank - 1])
+    outputs = (ids[..., 0] for ids in factors)
+    repeated = (np.repeat(ids, times, axis=-2) if ids.shape[-2] > 1 else ids for ids in outputs)
+    facts = _moved(node, tuple(repeated))
+    facts.whole = "windows over units" if lost else None
+    return facts
 
 
 @rule("col2im.default")
