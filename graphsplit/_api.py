@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from graphsplit import bundle
 from graphsplit.analysis import Analysis, analyse
 from graphsplit.analysis.analysis import check_k
-from graphsplit.analysis.dealing import Strategy, check_shares, contiguous, dealer_of, given
+from graphsplit.analysis.dealing import Prescribed, Strategy, check_shares, contiguous, dealer_of
 from graphsplit.bundle import PartitionBundle
 from graphsplit.drawing import draw as figure_of
 from graphsplit.drawing import snippet
@@ -160,7 +160,7 @@ class Partition:
             for name, dims in parts.items()
         }
         try:
-            analysis = analyse(merged[0], k, None, given(groups) if k > 1 else contiguous)
+            analysis = analyse(merged[0], k, None, Prescribed(groups) if k > 1 else contiguous)
         except PlanError:
             raise PartitionError(
                 f"the exact merge has other units at K = {k} than at K = {self.k}, so its levels do not nest",
@@ -320,7 +320,7 @@ def partition(
     if data is not None:
         deal = dealer_of(strategy, seed, program.signature.flatten(*as_call(data, None)))
     if plan is not None and plan.k > 1:
-        deal = given({state.name: state.parts(plan.k) for state in plan.state})
+        deal = Prescribed({state.name: state.parts(plan.k) for state in plan.state})
     analysis = analyse(program, k, shares, deal)
     if plan is not None:
         if plan.state != analysis.plan.state:

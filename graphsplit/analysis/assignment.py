@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from graphsplit.analysis.dealing import Dealer, Deck, contiguous
+from graphsplit.analysis.dealing import Dealer, Deck, Prescribed, contiguous
 from graphsplit.analysis.inference import Inference
 from graphsplit.analysis.units import Ids, factor_key, varying
 
@@ -61,7 +61,8 @@ def assign(
     while True:
         assignment = _divide(inference, shares or (1.0,) * inference.k, deal, apart)
         ragged = _ragged(inference, assignment)
-        missing = _missing(inference, assignment)
+        # What is prescribed has gone through this before.
+        missing = [] if isinstance(deal, Prescribed) else _missing(inference, assignment)
         if not ragged and not missing:
             return assignment
         for ids in ragged:

@@ -135,16 +135,24 @@ def random(seed: int) -> Dealer:
     return deal
 
 
-def given(parts_of: Mapping[str, Sequence[Parts | None]]) -> Dealer:
+@dataclass(frozen=True)
+class Prescribed:
     """As the dimensions of the state say: for each tensor and dimension the sub-model of every index.
 
     Entries below zero are not known, or belong to all; an axis of which nothing is known is kept whole.
     """
 
-    def deal(deck: Deck) -> list[Parts]:
+    parts_of: Mapping[str, Sequence[Parts | None]]
+
+    def __call__(self, deck: Deck) -> list[Parts]:
+        """The sub-model of every unit.
+
+        Raises:
+            PlanError: Some unit that is to be dealt out is not known.
+        """
         part_of_unit = np.full(int(deck.labels.max()) + 1, -1, np.int16)
         for name, dims in deck.inference.state.items():
-            for ids, parts in zip(dims, parts_of.get(name, (None,) * len(dims)), strict=True):
+            for ids, parts in zip(dims, self.parts_of.get(name, (None,) * len(dims)), strict=True):
                 if ids is None or parts is None or ids.size != parts.size:
                     continue
                 known = parts >= 0
@@ -157,8 +165,6 @@ def given(parts_of: Mapping[str, Sequence[Parts | None]]) -> Dealer:
                 hint="it deals out other units than the model has",
             )
         return dealt
-
-    return deal
 
 
 def _in_order(counts: Sequence[int]) -> Parts:
