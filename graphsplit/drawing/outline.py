@@ -221,7 +221,7 @@ class _Leaves:
         if inner and source.file:
             details.append(f"{_short(source.file)}:{source.line}")
             details += [f"    {source.code}"] if source.code else []
-        self.uses.append(list(dict.fromkeys(numbers)))
+        self.uses.append(numbers)
         self.boxes.append(
             Box(
                 role, path, name, note, number, number,
@@ -369,7 +369,7 @@ def _operands(node: fx.Node) -> list[fx.Node]:
             operand = operand.all_input_nodes[0]
         if operand.target != TRAINING:
             found.append(operand)
-    return found
+    return list(dict.fromkeys(found))
 
 
 def _short(file: str) -> str:
