@@ -197,6 +197,22 @@ def test_without_a_division_there_are_no_parts(part: gs.Partition) -> None:
     assert 'class="strip"' not in figure(plain) and "sub-model" not in page(plain).split("<script")[0]
 
 
+def test_one_of_several_results_can_be_an_output() -> None:
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 8)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            return self.a(x).chunk(2, -1)
+
+    root = outline(gs.trace(Halves(), torch.randn(2, 4))).root
+    *_, chunk, first, second = leaves(root)
+    assert (first.role, second.role, chunk.shape) == ("output", "output", "2 × [batch, 4]")
+    (net,) = [net for net in root.nets if net.value == chunk.first]
+    assert net.ends == (first.first, second.first)
+
+
 def test_counters_and_sizes_are_not_drawn() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     names = [box.note or box.name for box in leaves(outline(gs.trace(model, torch.randn(2, 3, 5, 5))).root)]
