@@ -206,7 +206,7 @@ class _Leaves:
         number = len(self.boxes)
         source = source_of(node)
         inner = role in ("op", "move")
-        operands = _operands(node) if inner else [node] if role == "output" else []
+        operands = _operands(node) if inner else [_giver(node)] if role == "output" else []
         state = [operand for operand in operands if operand.op == "get_attr"] if inner else []
         numbers = [self._numbers[operand] for operand in operands if operand in self._numbers]
         counts, lines = self._state(state, name, source.module)
@@ -221,7 +221,7 @@ class _Leaves:
         if inner and source.file:
             details.append(f"{_short(source.file)}:{source.line}")
             details += [f"    {source.code}"] if source.code else []
-        self.uses.append(list(dict.fromkeys(numbers)))
+        self.uses.append(numbers)
         self.boxes.append(
             Box(
                 role, path, name, note, number, number,
@@ -362,14 +362,16 @@ def _tensors(node: fx.Node) -> list[TensorMeta]:
 
 
 def _operands(node: fx.Node) -> list[fx.Node]:
-    """Operands; in place of one of several results the op that gives them."""
-    found = []
-    for operand in node.all_input_nodes:
-        while operand.op == "call_function" and op_name(operand) == "operator.getitem":
-            operand = operand.all_input_nodes[0]
-        if operand.target != TRAINING:
-            found.append(operand)
-    return found
+    """What an op uses, the flag for training left out."""
+    found = (_giver(operand) for operand in node.all_input_nodes if operand.target != TRAINING)
+    return list(dict.fromkeys(found))
+
+
+def _giver(node: fx.Node) -> fx.Node:
+    """The op that gives several results in the place of one of these."""
+    while node.op == "call_function" and op_name(node) == "operator.getitem":
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _short(file: str) -> str:

@@ -32,11 +32,11 @@ STYLE = """
 .graphsplit .frame { fill: #57759a; fill-opacity: .05; stroke: #afb8c1; }
 .graphsplit .bar { fill: #57759a; fill-opacity: .13; }
 .graphsplit .way { fill: none; stroke: #6e7781; stroke-width: 1.2; }
-.graphsplit .strip rect { stroke: none; }
+.graphsplit .card .strip rect { stroke: none; }
 .graphsplit .strip text { font-size: 9px; font-weight: 600; text-anchor: middle; }
 .graphsplit .strip .word { fill: #1f2328; }
-.graphsplit .card .all { fill: #c4cbd3; }
-.graphsplit .card .none { fill: #e8ebef; }
+.graphsplit .card .strip .all { fill: #c4cbd3; }
+.graphsplit .card .strip .none { fill: #e8ebef; }
 @media (prefers-color-scheme: dark) {
 .graphsplit text { fill: #e6edf3; }
 .graphsplit .soft { fill: #9da7b1; }
@@ -45,8 +45,8 @@ STYLE = """
 .graphsplit .frame { fill: #9db7d8; fill-opacity: .06; stroke: #4a5460; }
 .graphsplit .bar { fill: #9db7d8; fill-opacity: .13; }
 .graphsplit .way { stroke: #8b949e; }
-.graphsplit .card .all { fill: #8b949e; }
-.graphsplit .card .none { fill: #c4cbd3; }
+.graphsplit .card .strip .all { fill: #8b949e; }
+.graphsplit .card .strip .none { fill: #c4cbd3; }
 }
 """
 
@@ -204,7 +204,7 @@ def _band(band: Band, x: float, y: float, width: float, height: float) -> Iterat
     for part, share in enumerate(band.shares):
         wide = room * share
         if wide > 0:
-            word = f"{part}" if words and wide >= 6 + 6 * len(f"{part}") else ""
+            word = f"{part}" if words and wide >= 4 + 5.6 * len(f"{part}") else ""
             rounded = f' rx="{height / 2:g}"' if band.look == "own" else ""
             yield _cell(x, y, wide, height, colour(part), word, rounded)
         x += wide + gap
