@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,6 +26,9 @@ from graphsplit.cli.common import (
 )
 from graphsplit.program import Program
 
+if TYPE_CHECKING:
+    from graphsplit.onnx_export import OnnxReport
+
 Out = Annotated[
     Path, typer.Option("-o", "--out", metavar="FOLDER", help="The folder to write.", show_default=False)
 ]
@@ -42,13 +45,21 @@ def export(
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write every sub-model and the merged model as ONNX, and compare ONNX Runtime with torch."""
+    """Write every sub-model, the merged model and the ensemble as ONNX; compare ONNX Runtime with torch.
+
+    ensemble.onnx holds every sub-model as a function and gives the mean of their outputs.
+    """
     refuse_taken_onnx(out, force=force)
     progress = console.Progress()
     opened = open_either(Asked(target, k, entry, inputs, keep_output), progress)
     with in_place_of(out) as folder:
         folder.mkdir()
-        rows, notes = export_all(_programs(opened), folder, opened.example, progress)
+        programs = _programs(opened)
+        merged = {"merged.onnx": opened.partition.merged_program(opened.states)}
+        rows, notes = export_all(programs | merged, folder, opened.example, progress)
+        more, said = export_mean(list(programs.values()), folder, opened.example, progress)
+        rows += more
+        notes += [text for text in said if text not in notes]
         names = sorted(path.name for path in folder.iterdir())
     plan = opened.partition.plan
     if as_json:
@@ -56,7 +67,7 @@ def export(
         console.json({"origin": opened.origin, "model": plan.model, "k": plan.k, "onnx": rows, "notes": notes,
                       "timings": progress.timings, "written": written})  # fmt: skip
         return
-    console.say(f"{plan.model} from {opened.origin}, {plan.k} sub-models and the merged model")
+    console.say(f"{plan.model} from {opened.origin}, {plan.k} sub-models, the merged model and the ensemble")
     console.onnx(rows)
     console.notes(notes)
     console.timings(progress.timings)
@@ -64,7 +75,7 @@ def export(
 
 
 def _programs(opened: Opened) -> dict[str, Program]:
-    """The pieces by the names of their files."""
+    """The sub-models by the names of their files."""
     divided = opened.partition
     pieces = divided.programs
     if opened.states is not None:
@@ -72,8 +83,7 @@ def _programs(opened: Opened) -> dict[str, Program]:
             program.with_state({name: state[name] for name in program.state if name in state})
             for program, state in zip(pieces, opened.states, strict=True)
         )
-    programs = {f"submodel_{part}.onnx": program for part, program in enumerate(pieces)}
-    return {**programs, "merged.onnx": divided.merged_program(opened.states)}
+    return {f"submodel_{part}.onnx": program for part, program in enumerate(pieces)}
 
 
 def export_all(
@@ -87,10 +97,25 @@ def export_all(
     for name, program in programs.items():
         with progress.step(f"export {name}"):
             report = export_onnx(program, folder / name, example=example)
-        rows += [
-            {"file": name, "output": row.output, "sizes": dict(row.sizes), "absolute": row.absolute,
-             "relative": row.relative, "tolerance": row.tolerance, "ok": row.ok}
-            for row in report.rows
-        ]  # fmt: skip
+        rows += _rows(report)
         notes += [text for text in report.notes if text not in notes]
     return rows, notes
+
+
+def export_mean(
+    programs: Sequence[Program], folder: Path, example: Any, progress: console.Progress
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Write sub-models as one ONNX file that gives their mean; a row for each comparison, and notes."""
+    from graphsplit.onnx_ensemble import export_ensemble  # takes seconds to import
+
+    with progress.step("export ensemble.onnx"):
+        report = export_ensemble(programs, folder / "ensemble.onnx", example=example)
+    return _rows(report), list(report.notes)
+
+
+def _rows(report: OnnxReport) -> list[dict[str, Any]]:
+    return [
+        {"file": report.path.name, "output": row.output, "sizes": dict(row.sizes), "absolute": row.absolute,
+         "relative": row.relative, "tolerance": row.tolerance, "ok": row.ok}
+        for row in report.rows
+    ]  # fmt: skip

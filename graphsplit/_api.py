@@ -424,7 +424,8 @@ def export_onnx(obj: Partition | Program | ProgramModule, path: str | Path) -> d
     """Write ONNX, checked by onnx.checker and run in ONNX Runtime against torch at two batch sizes.
 
     Args:
-        obj: A program or module: one file. A partition: a folder with ``submodel_0.onnx`` to ``merged.onnx``.
+        obj: A program or module: one file. A partition: a folder with ``submodel_0.onnx`` to ``merged.onnx``,
+            and ``ensemble.onnx``, in which every sub-model is a function and the mean of all is given.
         path: The file, or the folder.
 
     Returns:
@@ -434,12 +435,15 @@ def export_onnx(obj: Partition | Program | ProgramModule, path: str | Path) -> d
         UnsupportedError: ONNX cannot express an op.
         VerificationError: ONNX Runtime gives other values.
     """
-    from graphsplit.onnx_export import export_onnx as export  # takes half a second to import
+    from graphsplit.onnx_ensemble import export_ensemble  # takes half a second to import
+    from graphsplit.onnx_export import export_onnx as export
 
     path = Path(path)
     if not isinstance(obj, Partition):
         return {path.name: export(obj, path)}
     path.mkdir(parents=True, exist_ok=True)
-    pieces = {f"submodel_{part}.onnx": program for part, program in enumerate(obj.current_programs())}
+    programs = obj.current_programs()
+    pieces = {f"submodel_{part}.onnx": program for part, program in enumerate(programs)}
     pieces["merged.onnx"] = obj.merged_program()
-    return {name: export(program, path / name) for name, program in pieces.items()}
+    reports = {name: export(program, path / name) for name, program in pieces.items()}
+    return {**reports, "ensemble.onnx": export_ensemble(programs, path / "ensemble.onnx")}

@@ -183,34 +183,36 @@ def export_onnx(
         UserError: The file cannot be written.
     """
     path = Path(path)
-    _check_path(path)
-    _check_opset(opset)
-    model = _Model(module_or_program)
+    check_path(path)
+    check_opset(opset)
+    model = Exportable(module_or_program)
     cases, notes = model.cases(example)
-    file = _to_onnx(model, model.export(cases[0].inputs), opset)
+    file = to_onnx(model, model.export(cases[0].inputs), opset)
     random = model.random_outputs(cases[0])
-    with _writing(path) as folder:
-        _save(file, folder / path.name)
-        rows = _verify(model, folder / path.name, cases, random)
-        files = _move(folder, path)
+    with writing(path) as folder:
+        save_checked(file, folder / path.name)
+        rows = verify_file(model, folder / path.name, cases, random)
+        files = move_into_place(folder, path)
     return OnnxReport(
         path=path,
         files=files,
         bytes=sum(written.stat().st_size for written in files),
         opset=file.opset_imports[""],
-        inputs=_describe(file.graph.inputs, model.signature.input_names),
-        outputs=_describe(file.graph.outputs, model.signature.outputs[0].names),
+        inputs=describe_values(file.graph.inputs, model.signature.input_names),
+        outputs=describe_values(file.graph.outputs, model.signature.outputs[0].names),
         rows=rows,
-        notes=(*notes, *_random_notes(random), *model.buffer_notes(cases[0])),
+        notes=(*notes, *random_notes(random), *model.buffer_notes(cases[0])),
     )
 
 
-def _check_path(path: Path) -> None:
+def check_path(path: Path) -> None:
+    """Refuse a folder where a file is to be written."""
     if path.is_dir():
         raise UserError(f"{path} is a folder", hint="give the name of a file, such as model.onnx")
 
 
-def _check_opset(opset: int | None) -> None:
+def check_opset(opset: int | None) -> None:
+    """Refuse a version of the ONNX operator set that does not exist."""
     newest = onnx.defs.onnx_opset_version()
     if opset is None or (type(opset) is int and 1 <= opset <= newest):
         return
@@ -363,7 +365,7 @@ def _short(dtype: torch.dtype) -> str:
 
 
 @dataclass(frozen=True)
-class _Case:
+class Case:
     """Inputs, the sizes among theirs that may change, and what torch gives for them."""
 
     inputs: Sequence[Tensor]
@@ -371,7 +373,7 @@ class _Case:
     expected: Sequence[Tensor]
 
 
-class _Model:
+class Exportable:
     """The flat evaluation program as a module, and what it is fed with."""
 
     def __init__(self, given: ProgramModule | Program) -> None:
@@ -412,7 +414,7 @@ class _Model:
                 f"torch.export cannot trace the program again: {first_line(error)}", hint=_REPORT
             ) from error
 
-    def cases(self, example: Any) -> tuple[list[_Case], list[str]]:
+    def cases(self, example: Any) -> tuple[list[Case], list[str]]:
         """The traced (or given) sizes and larger ones; a note where there are none."""
         first = self._made() if example is None else self._given(example)
         if not self.symbols:
@@ -422,11 +424,11 @@ class _Model:
                 grow(tensor, meta) for tensor, meta in zip(first.inputs, self.signature.inputs, strict=True)
             ]
             second = self._case(larger)
-            if isinstance(second, _Case):
+            if isinstance(second, Case):
                 return [first, second], []
         return [first], ["torch runs the program at the traced sizes only: compared at no others"]
 
-    def _given(self, example: Any) -> _Case:
+    def _given(self, example: Any) -> Case:
         signature = self.source.signature
         tensors = [tensor.detach().cpu() for tensor in signature.flatten(*as_call(example, None))]
         for tensor, meta, name in zip(tensors, signature.inputs, signature.input_names, strict=True):
@@ -437,12 +439,12 @@ class _Model:
             raise InputError(f"{self.program.name} does not run on the example: {case}")
         return case
 
-    def _made(self) -> _Case:
+    def _made(self) -> Case:
         refusal = ""
         for ones in (0.75, 0.0, 1.0):
             generator = torch.Generator().manual_seed(SEED)
             case = self._case([_made_input(meta, generator, ones) for meta in self.signature.inputs])
-            if isinstance(case, _Case):
+            if isinstance(case, Case):
                 return case
             refusal = refusal or case
         raise InputError(
@@ -450,10 +452,10 @@ class _Model:
             hint="give inputs that it can use by example=...",
         )
 
-    def _case(self, tensors: Sequence[Tensor]) -> _Case | str:
+    def _case(self, tensors: Sequence[Tensor]) -> Case | str:
         """What torch computes, or why it cannot."""
         try:
-            return _Case(tensors, self._sizes(tensors), self.run(tensors))
+            return Case(tensors, self._sizes(tensors), self.run(tensors))
         except Exception as error:
             return first_line(error)
 
@@ -465,27 +467,29 @@ class _Model:
                     sizes[self.symbols[dim.symbol]] = size
         return sizes
 
-    def random_outputs(self, case: _Case) -> list[str]:
+    def random_outputs(self, case: Case) -> list[str]:
         """Outputs that another seed changes."""
         outputs = zip(self.output_names, case.expected, self.run(case.inputs, SEED + 1), strict=True)
-        return [name for name, first, second in outputs if not _same(first, second)]
+        return [name for name, first, second in outputs if not same_values(first, second)]
 
-    def buffer_notes(self, case: _Case) -> list[str]:
+    def buffer_notes(self, case: Case) -> list[str]:
         """Buffers that evaluation changes."""
         graph, names = _writes_graph(self.source.graph)
         written = emit(self.source.program(graph, names), copy=False).eval()(*case.inputs)
         return [
             f"evaluation changes the buffer {name}; in the file it stays as it is, because ONNX has no memory"
             for name, value in zip(names, written, strict=True)
-            if not _same(self.source.state[name].cpu(), value)
+            if not same_values(self.source.state[name].cpu(), value)
         ]
 
 
-def _random_notes(outputs: Sequence[str]) -> list[str]:
+def random_notes(outputs: Sequence[str]) -> list[str]:
+    """What a report says of outputs that are random."""
     return [f"output {name} is random in evaluation and was not compared" for name in outputs]
 
 
-def _same(first: Tensor, second: Tensor) -> bool:
+def same_values(first: Tensor, second: Tensor) -> bool:
+    """True where all entries are equal, or undefined in both."""
     return bool(((first == second) | ((first != first) & (second != second))).all())
 
 
@@ -574,7 +578,8 @@ def _symbol_names(inputs: Sequence[TensorMeta], names: Sequence[str]) -> dict[st
 # The file
 
 
-def _to_onnx(model: _Model, exported: ExportedProgram, opset: int | None) -> onnx_ir.Model:
+def to_onnx(model: Exportable, exported: ExportedProgram, opset: int | None) -> onnx_ir.Model:
+    """The graph as torch's exporter writes it, under our names."""
     try:
         with _quiet():
             result = torch.onnx.export(
@@ -619,7 +624,7 @@ def _explain(program: Program, error: BaseException) -> UnsupportedError:
 _OTHER_OPS = "write this part of the model with other ops, or leave it out of the export"
 
 
-def _rename(file: onnx_ir.Model, model: _Model) -> None:
+def _rename(file: onnx_ir.Model, model: Exportable) -> None:
     """Give inputs, outputs and sizes their names; what has one of these names already gives it up."""
     wanted = {*model.input_names, *model.output_names}
     values = _values(file.graph)
@@ -656,7 +661,8 @@ def _renamed_size(size: int | onnx_ir.SymbolicDim, names: Mapping[str, str]) -> 
     return re.sub(r"[A-Za-z_]\w*", lambda found: names.get(found[0], found[0]), size.value)
 
 
-def _describe(values: Sequence[onnx_ir.Value], paths: Sequence[str]) -> tuple[OnnxValue, ...]:
+def describe_values(values: Sequence[onnx_ir.Value], paths: Sequence[str]) -> tuple[OnnxValue, ...]:
+    """Inputs or outputs of a file for its report."""
     described = []
     for value, path in zip(values, paths, strict=True):
         shape = tuple(size if isinstance(size, int) else str(size.value) for size in value.shape or ())
@@ -666,7 +672,7 @@ def _describe(values: Sequence[onnx_ir.Value], paths: Sequence[str]) -> tuple[On
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[Path]:
+def writing(path: Path) -> Iterator[Path]:
     """A folder beside the file, gone at the end."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -678,7 +684,8 @@ def _writing(path: Path) -> Iterator[Path]:
         ) from error
 
 
-def _save(file: onnx_ir.Model, path: Path) -> None:
+def save_checked(file: onnx_ir.Model, path: Path) -> None:
+    """Write a file, its weights apart where one cannot hold them, and check it."""
     weights = sum(value.const_value.nbytes for value in file.graph.initializers.values() if value.const_value)
     onnx_ir.save(file, path, external_data=f"{path.name}.data" if weights > SINGLE_FILE_BYTES else None)
     try:
@@ -689,7 +696,7 @@ def _save(file: onnx_ir.Model, path: Path) -> None:
         ) from error
 
 
-def _move(folder: Path, path: Path) -> tuple[Path, ...]:
+def move_into_place(folder: Path, path: Path) -> tuple[Path, ...]:
     """Put what was written in its place, the model last: it refers to the weights."""
     written = sorted(folder.iterdir(), key=lambda file: file.name == path.name)
     for file in written:
@@ -717,7 +724,10 @@ def _quiet() -> Iterator[None]:
 # ONNX Runtime against torch
 
 
-def _verify(model: _Model, path: Path, cases: Sequence[_Case], random: Sequence[str]) -> tuple[OnnxRow, ...]:
+def verify_file(
+    model: Exportable, path: Path, cases: Sequence[Case], random: Sequence[str]
+) -> tuple[OnnxRow, ...]:
+    """Run a file in ONNX Runtime and compare it with what torch gave; raise where they differ."""
     session = _session(path)
     rows = []
     for case in cases:

@@ -48,7 +48,7 @@ def test_a_module_is_saved_and_loaded(part: gs.Partition, tmp_path: Path) -> Non
 def test_onnx_of_every_piece(tmp_path: Path) -> None:
     part = gs.partition(ZOO["lenet"].build(), ZOO["lenet"].inputs(), k=2)
     reports = gs.export_onnx(part, tmp_path)
-    assert sorted(reports) == ["merged.onnx", "submodel_0.onnx", "submodel_1.onnx"]
+    assert sorted(reports) == ["ensemble.onnx", "merged.onnx", "submodel_0.onnx", "submodel_1.onnx"]
     assert all((tmp_path / name).is_file() for name in reports)
 
 

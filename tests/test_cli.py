@@ -320,11 +320,13 @@ def test_export_of_a_bundle(folder: Path, tmp_path: Path) -> None:
     done = run("export", folder / "bundle", "-o", out)
     assert done.exit_code == 0, done.stderr
     assert sorted(path.name for path in out.iterdir()) == [
+        "ensemble.onnx",
         "merged.onnx",
         "submodel_0.onnx",
         "submodel_1.onnx",
     ]
     assert re.search(r"merged\.onnx +output +batch 3", done.stdout)
+    assert re.search(r"ensemble\.onnx +output +batch 3", done.stdout)
     refused = run("export", folder / "bundle", "-o", out)
     assert refused.exit_code == 6 and "--force" in refused.stderr
     again = run("export", folder / "bundle", "-o", out, "--force", "--json")
