@@ -237,7 +237,7 @@ class Partition:
                     f"the plan says {plan.local_shape(part)}",
                     hint="these weights belong to another model or another plan",
                 )
-            state[plan.name] = tensor.detach()
+            state[plan.name] = tensor.detach().requires_grad_(tensor.requires_grad)
         return state
 
     def _repr_html_(self) -> str:

@@ -128,6 +128,16 @@ def test_a_partition_comes_back(tmp_path: Path) -> None:
     assert {name: Path(str(path)).read_bytes() for name, path in found.files.items()} == expected.files
 
 
+def test_submodels_that_were_saved_in_training_can_be_trained_on(tmp_path: Path) -> None:
+    part = gs.partition(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)), torch.zeros(2, 3))
+    part.submodels[0].get_parameter("0.bias").requires_grad_(False)
+    gs.save(part, tmp_path / "out")
+    again = gs.load(tmp_path / "out")
+    assert isinstance(again, gs.Partition)
+    frozen = [[name for name, p in m.named_parameters() if not p.requires_grad] for m in again.submodels]
+    assert frozen == [["0.bias"], []]
+
+
 def test_a_partition_needs_neither_weights_nor_a_merged_model(tmp_path: Path) -> None:
     given = dataclasses.replace(
         partitioned(),
