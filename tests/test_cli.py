@@ -218,12 +218,12 @@ class Net(nn.Module):
         super().__init__()
         self.a, self.b, self.c = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 4)
     def forward(self, x):
-        return self.c(torch.relu(self.b(torch.fft.fft(self.a(x)).real)))
+        return self.c(torch.relu(self.b(torch.renorm(self.a(x), 2, 0, 1.0))))
 model, example_inputs = Net(), torch.randn(2, 8)
 """)
     done = run("inspect", path)
     assert done.exit_code == 0, done.stderr
-    assert "Cannot be split" in done.stdout and "fft" in done.stdout.split("Cannot be split")[1]
+    assert "Cannot be split" in done.stdout and "renorm" in done.stdout.split("Cannot be split")[1]
 
 
 def test_merge_of_a_bundles_own_weights(folder: Path, tmp_path: Path) -> None:
@@ -629,7 +629,7 @@ def test_an_interrupt_leaves_nothing_half_written(
     done = run("partition", folder / "model.py", "-o", tmp_path / "deep" / "out", "--no-verify")
     assert done.exit_code == 130 and "interrupted" in done.stderr and done.stdout == ""
     assert listing(tmp_path) == []
-    monkeypatch.setattr("graphsplit.onnx_export._verify", interrupt)
+    monkeypatch.setattr("graphsplit.onnx_export.verify_file", interrupt)
     done = run("export", folder / "model.py", "-o", tmp_path / "onnx")
     assert done.exit_code == 130
     assert listing(tmp_path) == []
@@ -697,7 +697,18 @@ def test_a_stdout_without_the_signs_gets_others(monkeypatch: pytest.MonkeyPatch)
 OPTIONS = {
     "inspect": ["-k", "--entry", "--input", "--keep-output", "--json", "-v/--verbose"],
     "partition": [
-        *("-o/--out", "-k", "--entry", "--input", "--keep-output", "--init", "--seed", "--no-verify"),
+        *(
+            "-o/--out",
+            "-k",
+            "--shares",
+            "--strategy",
+            "--fit",
+            "--entry",
+            "--input",
+            "--keep-output",
+            "--init",
+        ),
+        *("--seed", "--no-verify"),
         *("--onnx", "--merged", "--force", "--json", "-v/--verbose"),
     ],
     "merge": ["-o/--out", "--plain", "--weights-only", "--plan", "--force", "--json", "-v/--verbose"],
