@@ -266,10 +266,12 @@ def _places(local: Local, cut: Cut | None, wanted: Indices) -> Indices:
 
 
 def _stands_at(here: Indices, wanted: Indices) -> Indices | None:
-    """Where each wanted index stands in a slice; the n-th time that it is wanted, its n-th place."""
-    if bool((np.diff(here) > 0).all()) and bool((np.diff(wanted) > 0).all()):
-        at = np.searchsorted(here, wanted)
-        return at if np.array_equal(here[np.minimum(at, here.size - 1)], wanted) else None
+    """Where each wanted index stands in a slice; if it stands several times, in turn."""
+    if not here.size:
+        return None
+    if bool((np.diff(here) > 0).all()):
+        at = np.minimum(np.searchsorted(here, wanted), here.size - 1)
+        return at if np.array_equal(here[at], wanted) else None
     places = {key: place for place, key in enumerate(_occurrences(here))}
     found = [places.get(key) for key in _occurrences(wanted)]
     return None if None in found else np.array(found, np.int64)

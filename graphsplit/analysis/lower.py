@@ -39,7 +39,11 @@ def lower(
     def swap(path: Path, argument: Any) -> Any:
         if path in replaced:
             return replaced[path]
-        return fx.map_arg(argument, value_of)
+        if isinstance(argument, fx.Node):
+            return value_of(argument)
+        return (
+            fx.map_arg(argument, value_of) if isinstance(argument, (tuple, list, dict, slice)) else argument
+        )
 
     args = tuple(
         type(argument)(swap((place, inner), item) for inner, item in enumerate(argument))
