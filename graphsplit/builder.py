@@ -90,24 +90,23 @@ class GraphBuilder:
         self, x: fx.Node, dim: int, index: NDArray[np.int64], size: int, value: TensorMeta
     ) -> fx.Node:
         """Entries of a dimension that is batch times units: taken from the units."""
-        meta = meta_of(x)
-        periods = (p for p in range(1, size) if size % p == 0)
-        period = next(
-            (p for p in periods if np.array_equal(index, _repeat(index[index < p], p, size // p))), None
-        )
+        period = period_of((index,), size)
         if period is None:
             raise UnsupportedError(
                 "a dimension of units times batch, with the batch inside, is cut",
                 where=str(self.source),
                 hint="put the batch first where dimensions are joined",
             )
-        outer = Dim(size // period, f"({meta.dims[dim].symbol})//{period}")
-        apart = TensorMeta(
-            (*meta.dims[:dim], outer, Dim(period), *meta.dims[dim + 1 :]), meta.dtype, meta.device
-        )
-        split = self.call(aten.unflatten.int, (x, dim, [-1, period]), apart)
-        taken = self.take(split, dim + 1, index[index < period])
+        taken = self.take(self.apart(x, dim, period), dim + 1, index[index < period])
         return self.call(aten.flatten.using_ints, (taken, dim, dim + 1), value)
+
+    def apart(self, x: fx.Node, dim: int, period: int) -> fx.Node:
+        """A dimension that is batch times units as two."""
+        meta = meta_of(x)
+        outer = Dim(meta.shape[dim] // period, f"({meta.dims[dim].symbol})//{period}")
+        dims = (*meta.dims[:dim], outer, Dim(period), *meta.dims[dim + 1 :])
+        value = TensorMeta(dims, meta.dtype, meta.device)
+        return self.call(aten.unflatten.int, (x, dim, [-1, period]), value)
 
     def _slice(self, x: fx.Node, dim: int, start: int, count: int, step: int) -> fx.Node:
         meta = meta_of(x)
@@ -146,6 +145,16 @@ class GraphBuilder:
     def output(self, values: Sequence[Any]) -> None:
         """Return these values from the graph."""
         self.graph.output(tuple(values))
+
+
+def period_of(indices: Sequence[NDArray[np.int64]], size: int) -> int | None:
+    """The shortest period with which all of these indices of one dimension come again; None for none."""
+    for period in range(1, size):
+        if size % period == 0 and all(
+            np.array_equal(index, _repeat(index[index < period], period, size // period)) for index in indices
+        ):
+            return period
+    return None
 
 
 def _repeat(index: NDArray[np.int64], period: int, times: int) -> NDArray[np.int64]:

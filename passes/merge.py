@@ -27,11 +27,11 @@ from torch import Tensor, fx
 
 from graphsplit.analysis import Analysis
 from graphsplit.analysis.kinds import Kind
-from graphsplit.analysis.layout import Layout
+from graphsplit.analysis.layout import Indices, Layout
 from graphsplit.analysis.localize import local_value
 from graphsplit.analysis.lower import lower
-from graphsplit.builder import GraphBuilder
-from graphsplit.errors import InternalError, PartitionError
+from graphsplit.builder import GraphBuilder, period_of
+from graphsplit.errors import InternalError, PartitionError, UnsupportedError
 from graphsplit.graphs import drop_dead
 from graphsplit.passes.base import Pass, PassResult, Programs
 from graphsplit.plan import StatePlan
@@ -248,12 +248,33 @@ class _Merge:
         if len(dims) == 1:
             cut = layout.cuts[dims[0]]
             assert cut is not None
+            if meta.dims[dims[0]].symbol is not None:
+                return self._assemble_periods(parts, dims[0], cut, meta)
             order = np.concatenate(cut)
             joined = self.build.call(aten.cat.default, (parts, dims[0]), meta)
             if np.array_equal(order, np.arange(order.size)):
                 return joined
             return self.build.take(joined, dims[0], np.argsort(order))
         return self._assemble_blocks(node, layout, parts, meta)
+
+    def _assemble_periods(
+        self, parts: list[fx.Node], dim: int, cut: tuple[Indices, ...], meta: TensorMeta
+    ) -> fx.Node:
+        """Slices of a dimension that is batch times units, joined along the units."""
+        period = period_of(cut, meta.shape[dim])
+        if period is None:
+            raise UnsupportedError(
+                "a dimension of units times batch, with the batch inside, is put together",
+                where=str(self.build.source),
+                hint="put the batch first where dimensions are joined",
+            )
+        here = [index[index < period] for index in cut]
+        pieces = [self.build.apart(part, dim, index.size) for part, index in zip(parts, here, strict=True)]
+        first = meta_of(pieces[0])
+        wide = first.with_shape((*first.shape[: dim + 1], period, *first.shape[dim + 2 :]))
+        joined = self.build.call(aten.cat.default, (pieces, dim + 1), wide)
+        ordered = self.build.take(joined, dim + 1, np.argsort(np.concatenate(here)))
+        return self.build.call(aten.flatten.using_ints, (ordered, dim, dim + 1), meta)
 
     def _assemble_blocks(
         self, node: fx.Node, layout: Layout, parts: list[fx.Node], meta: TensorMeta

@@ -174,6 +174,7 @@ SPLIT: dict[str, Case] = {
     # Images.
     "grid_sample": maps(affine_grid),
     "max_unpool2d": maps(lambda h: F.max_unpool2d(*F.max_pool2d(h, 2, return_indices=True), 2)),
+    "cat with an empty vector": sequences(lambda h: torch.cat([torch.zeros(0), h.relu(), h], 1)),
     # Heads one by one.
     "unbind and cat of heads": sequences(lambda h: heads(h, lambda found: torch.cat(found, -1))),
     "unbind and stack of heads": sequences(

@@ -41,6 +41,8 @@ REFUSED = {
     "hidden_output": "there is nothing to split: every unit reaches an output",
     "lstm_loop": "there is nothing to split: every unit reaches an output",
     "hub_bloom": r"the custom torch\.autograd\.Function GeLUFunction",
+    "hub_mixtral_grouped": r"the custom torch\.autograd\.Function GeneratedBackwardFor_transformers_grouped_mm",
+    "hub_recurrent_gemma": r"the custom torch\.autograd\.Function SqrtBoundDerivative",
 }
 # Fractions of the parameters that the largest sub-model holds, at most: 1 / K^2 is 0.25 and 0.0625.
 FRACTIONS: dict[tuple[str, int], float] = {

@@ -6,6 +6,7 @@ The library is imported only when a model is built, so that the rest of the zoo 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from zoo.entry import VOCAB, Entry, Inputs, entry, integers, normal, tokens
@@ -36,6 +37,11 @@ DECODER: dict[str, Any] = {
     **SPECIAL,
 }
 GROUPED: dict[str, Any] = {**DECODER, "num_key_value_heads": 4}
+# One layer is enough where a model differs from another in what a layer does.
+ONCE: dict[str, Any] = {"num_hidden_layers": 1}
+DECODER_ONCE: dict[str, Any] = {**DECODER, **ONCE}
+GROUPED_ONCE: dict[str, Any] = {**GROUPED, **ONCE}
+ENCODER_ONCE: dict[str, Any] = {**ENCODER, **ONCE}
 PATCHES: dict[str, Any] = {
     "image_size": 32,
     "patch_size": 8,
@@ -45,6 +51,7 @@ PATCHES: dict[str, Any] = {
     "intermediate_size": 64,
     "num_labels": CLASSES,
 }
+PATCHES_ONCE: dict[str, Any] = {**PATCHES, **ONCE}
 STAGES: dict[str, Any] = {"num_channels": 3, "num_labels": CLASSES}
 
 
@@ -62,6 +69,11 @@ def hub(model: str, config: str, attention: str | None = None, **options: Any) -
     return make
 
 
+def experts(model: str, config: str, **options: Any) -> Callable[[], nn.Module]:
+    """Return the maker of a decoder whose experts are looked up by index and run as one batched product."""
+    return hub(model, config, use_cache=False, experts_implementation="batched_mm", **GROUPED_ONCE, **options)
+
+
 def clip() -> nn.Module:
     """Return a CLIP of two small towers."""
     from transformers import CLIPConfig, CLIPModel
@@ -69,6 +81,47 @@ def clip() -> nn.Module:
     text = {k: v for k, v in {**ENCODER, **WEIGHTS}.items() if k != "num_labels"}
     vision = {k: v for k, v in {**PATCHES, **WEIGHTS}.items() if k != "num_labels"}
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).train()
+
+
+def siglip() -> nn.Module:
+    """Return a SigLIP of two small towers."""
+    from transformers import SiglipConfig, SiglipModel
+
+    text = {k: v for k, v in {**ENCODER_ONCE, **WEIGHTS}.items() if k != "num_labels"}
+    vision = {k: v for k, v in {**PATCHES_ONCE, **WEIGHTS}.items() if k != "num_labels"}
+    return SiglipModel(SiglipConfig(text_config=text, vision_config=vision)).train()
+
+
+def llava() -> nn.Module:
+    """Return a Llava: a tower of vision whose tokens stand among those of a decoder."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    vision = CLIPVisionConfig(
+        **{k: v for k, v in {**PATCHES, **WEIGHTS, "num_hidden_layers": 1}.items() if k != "num_labels"}
+    )
+    text = LlamaConfig(**{**GROUPED_ONCE, **WEIGHTS, "use_cache": False})
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=VOCAB - 1, vision_feature_layer=-1
+    )
+    return LlavaForConditionalGeneration(config).train()
+
+
+def upernet() -> nn.Module:
+    """Return a UperNet on a small ConvNeXt."""
+    from transformers import ConvNextConfig, UperNetConfig, UperNetForSemanticSegmentation
+
+    stages = ["stage1", "stage2", "stage3", "stage4"]
+    backbone = ConvNextConfig(
+        hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], out_features=stages, **WEIGHTS
+    )
+    config = UperNetConfig(
+        backbone_config=backbone,
+        hidden_size=16,
+        pool_scales=[1, 2],
+        use_auxiliary_head=False,
+        num_labels=CLASSES,
+    )
+    return UperNetForSemanticSegmentation(config).train()
 
 
 def by_name(**tensors: Callable[[], Tensor]) -> Inputs:
@@ -220,6 +273,97 @@ ENTRIES: tuple[Entry, ...] = (
         text,
         FAMILY,
     ),
+    entry(
+        "hub_ernie", hub("ErnieForSequenceClassification", "ErnieConfig", **ENCODER_ONCE), text, FAMILY, (2,)
+    ),
+    entry(
+        "hub_xlm_roberta",
+        hub("XLMRobertaForSequenceClassification", "XLMRobertaConfig", **ENCODER_ONCE),
+        text,
+        FAMILY,
+        (2,),
+    ),
+    entry(
+        "hub_camembert",
+        hub("CamembertForSequenceClassification", "CamembertConfig", **ENCODER_ONCE),
+        text,
+        FAMILY,
+        (2,),
+    ),
+    entry(
+        "hub_layoutlm",
+        hub("LayoutLMForSequenceClassification", "LayoutLMConfig", **ENCODER_ONCE),
+        text,
+        FAMILY,
+        (2,),
+    ),
+    entry("hub_fnet", hub("FNetForSequenceClassification", "FNetConfig", **ENCODER_ONCE), text, FAMILY, (2,)),
+    entry(
+        "hub_deberta",
+        hub(
+            "DebertaForSequenceClassification",
+            "DebertaConfig",
+            relative_attention=True,
+            pos_att_type=["p2c", "c2p"],
+            **ENCODER_ONCE,
+        ),
+        text,
+        FAMILY,
+        (2,),
+    ),
+    entry(
+        "hub_convbert",
+        hub(
+            "ConvBertForSequenceClassification",
+            "ConvBertConfig",
+            embedding_size=16,
+            conv_kernel_size=3,
+            **ENCODER_ONCE,
+        ),
+        text,
+        FAMILY,
+        (2,),
+    ),
+    entry(
+        "hub_mobilebert",
+        hub(
+            "MobileBertForSequenceClassification",
+            "MobileBertConfig",
+            embedding_size=16,
+            true_hidden_size=16,
+            intra_bottleneck_size=16,
+            num_feedforward_networks=2,
+            **ENCODER_ONCE,
+        ),
+        text,
+        FAMILY,
+        (2,),
+    ),
+    entry(
+        "hub_xlnet",
+        hub(
+            "XLNetForSequenceClassification",
+            "XLNetConfig",
+            vocab_size=VOCAB,
+            d_model=32,
+            n_layer=1,
+            n_head=4,
+            d_inner=64,
+            num_labels=CLASSES,
+            use_mems_eval=False,
+            pad_token_id=0,
+        ),
+        text,
+        FAMILY,
+        (2,),
+    ),
+    entry(
+        "hub_roformer",
+        hub("RoFormerForSequenceClassification", "RoFormerConfig", embedding_size=16, **ENCODER_ONCE),
+        text,
+        FAMILY,
+        (2,),
+    ),
     # Decoders of text.
     entry("hub_gpt2", hub("GPT2LMHeadModel", "GPT2Config", **GPT2), text, FAMILY),
     entry(
@@ -300,6 +444,271 @@ ENTRIES: tuple[Entry, ...] = (
         FAMILY,
     ),
     entry("hub_falcon", hub("FalconForCausalLM", "FalconConfig", use_cache=False, **DECODER), text, FAMILY),
+    entry(
+        "hub_gemma",
+        hub("GemmaForCausalLM", "GemmaConfig", use_cache=False, **GROUPED_ONCE, head_dim=8),
+        text,
+        FAMILY,
+        (2,),
+    ),
+    entry(
+        "hub_cohere",
+        hub("CohereForCausalLM", "CohereConfig", use_cache=False, **GROUPED_ONCE),
+        text,
+        FAMILY,
+        (2, 4),
+    ),
+    entry(
+        "hub_olmo2",
+        hub("Olmo2ForCausalLM", "Olmo2Config", use_cache=False, **GROUPED_ONCE),
+        text,
+        FAMILY,
+        (2,),
+    ),
+    entry(
+        "hub_stablelm",
+        hub("StableLmForCausalLM", "StableLmConfig", use_cache=False, **GROUPED_ONCE),
+        text,
+        FAMILY,
+        (2,),
+    ),
+    entry(
+        "hub_phi3",
+        hub(
+            "Phi3ForCausalLM",
+            "Phi3Config",
+            use_cache=False,
+            **GROUPED_ONCE,
+            original_max_position_embeddings=32,
+        ),
+        text,
+        FAMILY,
+        (2, 4),
+    ),
+    entry(
+        "hub_starcoder2",
+        hub("Starcoder2ForCausalLM", "Starcoder2Config", use_cache=False, **GROUPED_ONCE),
+        text,
+        FAMILY,
+        (2,),
+    ),
+    entry(
+        "hub_granite",
+        hub("GraniteForCausalLM", "GraniteConfig", use_cache=False, **GROUPED_ONCE),
+        text,
+        FAMILY,
+        (2,),
+    ),
+    entry(
+        "hub_nemotron",
+        hub("NemotronForCausalLM", "NemotronConfig", use_cache=False, **GROUPED_ONCE),
+        text,
+        FAMILY,
+        (2,),
+    ),
+    entry(
+        "hub_persimmon",
+        hub("PersimmonForCausalLM", "PersimmonConfig", use_cache=False, **GROUPED_ONCE),
+        text,
+        FAMILY,
+        (2,),
+    ),
+    entry(
+        "hub_smollm3",
+        hub("SmolLM3ForCausalLM", "SmolLM3Config", use_cache=False, **GROUPED_ONCE),
+        text,
+        FAMILY,
+        (2,),
+    ),
+    entry(
+        "hub_bitnet",
+        hub("BitNetForCausalLM", "BitNetConfig", use_cache=False, **GROUPED_ONCE),
+        text,
+        FAMILY,
+        (2,),
+    ),
+    entry(
+        "hub_lfm2",
+        hub("Lfm2ForCausalLM", "Lfm2Config", use_cache=False, **GROUPED_ONCE, layer_types=["conv"]),
+        text,
+        FAMILY,
+        (2, 4),
+    ),
+    entry(
+        "hub_diffllama",
+        hub(
+            "DiffLlamaForCausalLM",
+            "DiffLlamaConfig",
+            use_cache=False,
+            **{**GROUPED_ONCE, "num_attention_heads": 4, "num_key_value_heads": 2},
+        ),
+        text,
+        FAMILY,
+    ),
+    entry(
+        "hub_gpt_neo",
+        hub(
+            "GPTNeoForCausalLM",
+            "GPTNeoConfig",
+            vocab_size=VOCAB,
+            hidden_size=32,
+            num_layers=2,
+            num_heads=4,
+            attention_types=[[["global", "local"], 1]],
+            window_size=4,
+            max_position_embeddings=32,
+            use_cache=False,
+            **SPECIAL,
+        ),
+        text,
+        FAMILY,
+    ),
+    entry(
+        "hub_codegen",
+        hub("CodeGenForCausalLM", "CodeGenConfig", rotary_dim=4, use_cache=False, **{**GPT2, "n_layer": 1}),
+        text,
+        FAMILY,
+    ),
+    entry(
+        "hub_openai_gpt",
+        hub("OpenAIGPTLMHeadModel", "OpenAIGPTConfig", **{**GPT2, "n_layer": 1}),
+        text,
+        FAMILY,
+    ),
+    entry(
+        "hub_ctrl",
+        hub("CTRLLMHeadModel", "CTRLConfig", dff=64, use_cache=False, **{**GPT2, "n_layer": 1}),
+        text,
+        FAMILY,
+    ),
+    entry(
+        "hub_xglm",
+        hub(
+            "XGLMForCausalLM",
+            "XGLMConfig",
+            vocab_size=VOCAB,
+            d_model=32,
+            ffn_dim=64,
+            num_layers=1,
+            attention_heads=4,
+            max_position_embeddings=32,
+            use_cache=False,
+            **SPECIAL,
+        ),
+        text,
+        FAMILY,
+    ),
+    entry(
+        "hub_biogpt", hub("BioGptForCausalLM", "BioGptConfig", use_cache=False, **ENCODER_ONCE), text, FAMILY
+    ),
+    entry(
+        "hub_mpt",
+        hub(
+            "MptForCausalLM",
+            "MptConfig",
+            vocab_size=VOCAB,
+            d_model=32,
+            n_heads=4,
+            n_layers=1,
+            max_seq_len=32,
+            expansion_ratio=2,
+            use_cache=False,
+        ),
+        text,
+        FAMILY,
+    ),
+    # Mixtures of experts.
+    entry(
+        "hub_mixtral",
+        experts("MixtralForCausalLM", "MixtralConfig", num_local_experts=4, num_experts_per_tok=2),
+        text,
+        FAMILY,
+    ),
+    entry(
+        "hub_mixtral_grouped",
+        hub("MixtralForCausalLM", "MixtralConfig", num_local_experts=4, use_cache=False, **GROUPED_ONCE),
+        text,
+        FAMILY,
+        (2,),
+    ),
+    entry(
+        "hub_qwen2_moe",
+        experts(
+            "Qwen2MoeForCausalLM",
+            "Qwen2MoeConfig",
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=32,
+            shared_expert_intermediate_size=32,
+        ),
+        text,
+        FAMILY,
+        (2,),
+    ),
+    entry(
+        "hub_qwen3_moe",
+        experts(
+            "Qwen3MoeForCausalLM",
+            "Qwen3MoeConfig",
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=32,
+            head_dim=8,
+        ),
+        text,
+        FAMILY,
+        (2,),
+    ),
+    entry(
+        "hub_olmoe",
+        experts("OlmoeForCausalLM", "OlmoeConfig", num_experts=4, num_experts_per_tok=2),
+        text,
+        FAMILY,
+        (2,),
+    ),
+    entry(
+        "hub_gpt_oss",
+        experts("GptOssForCausalLM", "GptOssConfig", num_local_experts=4, num_experts_per_tok=2, head_dim=8),
+        text,
+        FAMILY,
+    ),
+    # State spaces and other recurrences.
+    entry(
+        "hub_mamba",
+        hub(
+            "MambaForCausalLM",
+            "MambaConfig",
+            vocab_size=VOCAB,
+            hidden_size=32,
+            state_size=4,
+            num_hidden_layers=1,
+            use_cache=False,
+            **SPECIAL,
+        ),
+        by_name(input_ids=ids(4)),
+        FAMILY,
+        (2,),
+    ),
+    entry(
+        "hub_recurrent_gemma",
+        hub(
+            "RecurrentGemmaForCausalLM",
+            "RecurrentGemmaConfig",
+            vocab_size=VOCAB,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            lru_width=32,
+            attention_window_size=8,
+            use_cache=False,
+            **SPECIAL,
+        ),
+        by_name(input_ids=ids(4)),
+        FAMILY,
+        (2,),
+    ),
     # Pairs of sequences.
     entry(
         "hub_t5", hub("T5ForConditionalGeneration", "T5Config", use_cache=False, **T5), sequence_pair, FAMILY
@@ -432,7 +841,240 @@ ENTRIES: tuple[Entry, ...] = (
         picture,
         FAMILY,
     ),
+    entry(
+        "hub_swinv2",
+        hub(
+            "Swinv2ForImageClassification",
+            "Swinv2Config",
+            image_size=32,
+            patch_size=4,
+            embed_dim=16,
+            depths=[1, 1],
+            num_heads=[4, 4],
+            window_size=4,
+            **STAGES,
+        ),
+        picture,
+        FAMILY,
+        (2,),
+    ),
+    entry(
+        "hub_hiera",
+        hub(
+            "HieraForImageClassification",
+            "HieraConfig",
+            image_size=[32, 32],
+            patch_size=[7, 7],
+            patch_stride=[4, 4],
+            patch_padding=[3, 3],
+            embed_dim=16,
+            depths=[1, 1],
+            num_heads=[4, 8],
+            masked_unit_size=[4, 4],
+            masked_unit_attention=[True, False],
+            num_query_pool=1,
+            **STAGES,
+        ),
+        picture,
+        FAMILY,
+    ),
+    entry(
+        "hub_pvt",
+        hub(
+            "PvtForImageClassification",
+            "PvtConfig",
+            image_size=32,
+            num_encoder_blocks=2,
+            depths=[1, 1],
+            sequence_reduction_ratios=[2, 1],
+            hidden_sizes=[16, 32],
+            patch_sizes=[4, 2],
+            strides=[4, 2],
+            num_attention_heads=[4, 4],
+            mlp_ratios=[2, 2],
+            **STAGES,
+        ),
+        picture,
+        FAMILY,
+        (2,),
+    ),
+    entry(
+        "hub_poolformer",
+        hub(
+            "PoolFormerForImageClassification",
+            "PoolFormerConfig",
+            num_encoder_blocks=2,
+            depths=[1, 1],
+            hidden_sizes=[16, 32],
+            patch_sizes=[7, 3],
+            strides=[4, 2],
+            padding=[2, 1],
+            **STAGES,
+        ),
+        picture,
+        FAMILY,
+    ),
+    entry(
+        "hub_focalnet",
+        hub(
+            "FocalNetForImageClassification",
+            "FocalNetConfig",
+            image_size=32,
+            patch_size=4,
+            embed_dim=16,
+            depths=[1, 1],
+            focal_levels=[2, 2],
+            focal_windows=[3, 3],
+            **STAGES,
+        ),
+        picture,
+        FAMILY,
+        (2,),
+    ),
+    entry(
+        "hub_swin2sr",
+        hub(
+            "Swin2SRForImageSuperResolution",
+            "Swin2SRConfig",
+            image_size=8,
+            patch_size=1,
+            embed_dim=16,
+            depths=[1],
+            num_heads=[4],
+            window_size=4,
+            upscale=2,
+            num_channels=3,
+        ),
+        by_name(pixel_values=lambda: normal(2, 3, 8, 8)),
+        FAMILY,
+        (2,),
+    ),
+    entry(
+        "hub_vitdet",
+        hub(
+            "VitDetModel",
+            "VitDetConfig",
+            use_relative_position_embeddings=True,
+            window_block_indices=[0],
+            window_size=2,
+            pretrain_image_size=32,
+            **{name: value for name, value in PATCHES_ONCE.items() if name != "num_labels"},
+        ),
+        picture,
+        FAMILY,
+    ),
+    entry("hub_upernet", upernet, by_name(pixel_values=lambda: normal(2, 3, 64, 64)), FAMILY, (2,)),
+    entry(
+        "hub_videomae",
+        hub(
+            "VideoMAEForVideoClassification",
+            "VideoMAEConfig",
+            tubelet_size=2,
+            **{**PATCHES_ONCE, "image_size": 16, "num_frames": 4},
+        ),
+        by_name(pixel_values=lambda: normal(2, 4, 3, 16, 16)),
+        FAMILY,
+    ),
+    entry(
+        "hub_timesformer",
+        hub(
+            "TimesformerForVideoClassification",
+            "TimesformerConfig",
+            **{**PATCHES_ONCE, "image_size": 16, "num_frames": 4},
+        ),
+        by_name(pixel_values=lambda: normal(2, 4, 3, 16, 16)),
+        FAMILY,
+        (2,),
+    ),
+    # Detection.
+    entry(
+        "hub_yolos",
+        hub(
+            "YolosForObjectDetection",
+            "YolosConfig",
+            num_detection_tokens=4,
+            **{**PATCHES_ONCE, "image_size": [32, 32]},
+        ),
+        picture,
+        FAMILY,
+        (2,),
+    ),
     # Sound, and images with text.
+    entry(
+        "hub_unispeech", hub("UniSpeechForCTC", "UniSpeechConfig", **{**AUDIO, **ONCE}), sound, FAMILY, (2,)
+    ),
+    entry(
+        "hub_ast",
+        hub(
+            "ASTForAudioClassification",
+            "ASTConfig",
+            max_length=24,
+            num_mel_bins=16,
+            frequency_stride=8,
+            time_stride=8,
+            **{name: value for name, value in PATCHES_ONCE.items() if name != "image_size"},
+        ),
+        by_name(input_values=lambda: normal(2, 24, 16)),
+        FAMILY,
+        (2,),
+    ),
+    entry(
+        "hub_patchtst",
+        hub(
+            "PatchTSTForPrediction",
+            "PatchTSTConfig",
+            num_input_channels=2,
+            context_length=16,
+            patch_length=4,
+            patch_stride=4,
+            d_model=16,
+            ffn_dim=32,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            prediction_length=4,
+            loss="mse",
+        ),
+        by_name(past_values=lambda: normal(2, 16, 2)),
+        FAMILY,
+    ),
+    entry(
+        "hub_siglip",
+        siglip,
+        by_name(input_ids=ids(), pixel_values=lambda: normal(2, 3, 32, 32)),
+        FAMILY,
+        (2,),
+    ),
+    entry(
+        "hub_llava",
+        llava,
+        by_name(
+            input_ids=lambda: torch.cat([torch.full((2, 16), VOCAB - 1), integers(2, 6, high=90)], 1),
+            pixel_values=lambda: normal(2, 3, 32, 32),
+        ),
+        FAMILY,
+        (2,),
+    ),
+    entry(
+        "hub_whisper",
+        hub(
+            "WhisperForConditionalGeneration",
+            "WhisperConfig",
+            num_mel_bins=8,
+            max_source_positions=10,
+            max_target_positions=16,
+            use_cache=False,
+            **{name: value for name, value in BART.items() if name != "max_position_embeddings"},
+        ),
+        by_name(input_features=lambda: normal(2, 8, 20), decoder_input_ids=ids(5)),
+        FAMILY,
+    ),
+    entry(
+        "hub_wavlm",
+        hub("WavLMForCTC", "WavLMConfig", num_buckets=16, max_bucket_distance=32, **{**AUDIO, **ONCE}),
+        sound,
+        FAMILY,
+        (2,),
+    ),
     entry(
         "hub_wav2vec2",
         hub("Wav2Vec2ForSequenceClassification", "Wav2Vec2Config", **AUDIO),

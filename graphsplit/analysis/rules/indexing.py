@@ -124,12 +124,14 @@ def split(inference: Inference, node: fx.Node) -> Facts:
 @rule("cat.default", "concat.default", "concatenate.default")
 def cat(inference: Inference, node: fx.Node) -> Facts:
     """Tensors one after the other; entries without units (inputs, zeros) are shared."""
-    tensors = node_list_arg(node)
     rank = node.meta["value"].ndim
     dim = int(argument(node, 1, "dim", 0)) % rank
-    if any(len(inference.shape(tensor)) != rank for tensor in tensors):
-        return whole(inference, node, "cat of tensors of different rank")
-    parts: list[tuple[Path, fx.Node]] = [((0, place), tensor) for place, tensor in enumerate(tensors)]
+    # An empty vector (the start of a cache) may stand beside tensors of any rank.
+    parts: list[tuple[Path, fx.Node]] = [
+        ((0, place), tensor) for place, tensor in enumerate(node_list_arg(node))
+        if len(inference.shape(tensor)) == rank or inference.shape(tensor) != (0,)
+    ]  # fmt: skip
+    tensors = [tensor for _, tensor in parts]
     linear = tuple(tensor for tensor in tensors if not inference.is_common(tensor))
     _yield_along(inference, tensors, dim)
     along = [[ids for ids in inference.factors(t) if ids.shape[dim] > 1] for t in tensors]
