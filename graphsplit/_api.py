@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from graphsplit import bundle
 from graphsplit.analysis import Analysis, analyse
 from graphsplit.analysis.analysis import check_k
-from graphsplit.analysis.dealing import Prescribed, Strategy, check_shares, contiguous, dealer_of
+from graphsplit.analysis.dealing import Prescribed, Strategy, check_shares, dealer_of
 from graphsplit.bundle import PartitionBundle
 from graphsplit.drawing import draw as figure_of
 from graphsplit.drawing import snippet
@@ -23,7 +23,7 @@ from graphsplit.emission import ProgramModule, emit
 from graphsplit.errors import BundleError, PartitionError, PlanError
 from graphsplit.initialization import Init, initialise, refuse_nan
 from graphsplit.memory import parse_bytes, smallest_k
-from graphsplit.module_emission import FORMS, emit_modules
+from graphsplit.module_emission import FORMS, Form, emit_modules
 from graphsplit.passes.merge import merge
 from graphsplit.passes.partition import extract
 from graphsplit.plan import PartitionPlan
@@ -35,8 +35,6 @@ from graphsplit.verification import Certificate, Example, certify
 
 if TYPE_CHECKING:
     from graphsplit.onnx_export import OnnxReport
-
-Form = Literal["graph", "module"]
 
 
 class Partition:
@@ -160,7 +158,7 @@ class Partition:
             for name, dims in parts.items()
         }
         try:
-            analysis = analyse(merged[0], k, None, Prescribed(groups) if k > 1 else contiguous)
+            analysis = analyse(merged[0], k, None, Prescribed(groups))
         except PlanError:
             raise PartitionError(
                 f"the exact merge has other units at K = {k} than at K = {self.k}, so its levels do not nest",
@@ -319,7 +317,7 @@ def partition(
         shares, k = _shares_and_k(None, smallest_k(partial(_largest, program), budget), None)
     if data is not None:
         deal = dealer_of(strategy, seed, program.signature.flatten(*as_call(data, None)))
-    if plan is not None and plan.k > 1:
+    if plan is not None:
         deal = Prescribed({state.name: state.parts(plan.k) for state in plan.state})
     analysis = analyse(program, k, shares, deal)
     if plan is not None:

@@ -29,7 +29,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, fx, nn
@@ -77,7 +77,8 @@ CONFIGURATIONS = 32
 COMBINATIONS = 16
 """Proposals for a tuple of whole numbers."""
 
-FORMS = ("graph", "module")
+Form = Literal["graph", "module"]
+FORMS: tuple[Form, ...] = get_args(Form)
 
 
 def emit_modules(analysis: Analysis, programs: Sequence[Program], example: Example) -> list[nn.Module]:

@@ -61,6 +61,13 @@ def _decoded(text: str) -> NDArray[np.int64]:
     return np.concatenate(pieces) if pieces else np.zeros(0, np.int64)
 
 
+@functools.lru_cache(maxsize=256)
+def is_disjoint(cut: tuple[str, ...]) -> bool:
+    """True where no index of a cut dimension is held by two sub-models."""
+    indices = np.concatenate([decode_ranges(text) for text in cut])
+    return bool(np.unique(indices).size == indices.size)
+
+
 @dataclass(frozen=True)
 class StatePlan:
     """One state tensor.
@@ -211,11 +218,8 @@ class StatePlan:
         return total if counts is None else _divide(total, counts.clamp_min(1))
 
     def _disjoint(self) -> bool:
-        for cut in self.cuts:
-            if cut is not None:
-                indices = [decode_ranges(text) for text in cut]
-                if np.unique(np.concatenate(indices)).size == sum(index.size for index in indices):
-                    return True
+        if any(cut is not None and is_disjoint(cut) for cut in self.cuts):
+            return True
         return not any(cut is not None for cut in self.cuts) and len(self.shape) == 0
 
 

@@ -1,9 +1,13 @@
 """What holds for any model: helpers that tests apply to many of them."""
 
 import copy
+import importlib.util
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -21,6 +25,7 @@ from graphsplit.program import Program, check, op_name
 from graphsplit.verification import in_double, opened
 
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
 def as_call(inputs: Any) -> Call:
@@ -316,3 +321,13 @@ def perturbed(plan: StatePlan, merged: Tensor, part: int, noise: Tensor, k: int)
     else:
         result[index] += share
     return result
+
+
+def script(name: str) -> ModuleType:
+    """An example as a module."""
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module

@@ -1,6 +1,5 @@
 """The command line: what it prints, how it ends, and that it leaves nothing half-written."""
 
-import importlib.util
 import json
 import os
 import re
@@ -8,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -24,9 +22,9 @@ from graphsplit.bundle import PartitionBundle, load
 from graphsplit.cli import app, console, root
 from graphsplit.loading import load_model
 from graphsplit.program import Program
+from laws import EXAMPLES, script
 
 ROOT = Path(__file__).resolve().parent.parent
-EXAMPLES = ROOT / "examples"
 
 HEADER = """
 import torch
@@ -742,15 +740,6 @@ def test_help_names_every_option(command: str) -> None:
 # The examples
 
 
-def _script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_every_example_says_how_to_run_it_and_has_a_test() -> None:
     names = {path.stem for path in EXAMPLES.glob("*.py")}
     assert names == {
@@ -788,7 +777,7 @@ def test_real_models_divide(name: str, parameters: int, submodel: int) -> None:
 
 @pytest.mark.slow
 def test_training_apart_and_merging() -> None:
-    found = _script("train_apart_then_merge").main()
+    found = script("train_apart_then_merge").main()
     apart = max(found["sub-model 0"], found["sub-model 1"])
     assert apart > 0.6
     assert found["merged, as it is"] > apart - 0.03
@@ -796,7 +785,7 @@ def test_training_apart_and_merging() -> None:
 
 
 def test_a_pipeline_with_a_pass_of_ones_own() -> None:
-    timings = _script("pipeline").main().timings
+    timings = script("pipeline").main().timings
     assert [timing.name for timing in timings] == [
         "remove-dropout",
         "dead-code-elimination",

@@ -1,26 +1,10 @@
 """The examples of the partition paper: published sizes, exact merges, and schedules that learn."""
 
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
-
 import pytest
 import torch
 
 import graphsplit as gs
-from laws import largest_difference
-
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-
-
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+from laws import largest_difference, script
 
 
 def test_cifar10_network_has_the_published_size_and_divides() -> None:

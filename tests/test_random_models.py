@@ -37,14 +37,13 @@ class Drawn(nn.Module):
         self.scales = nn.ParameterList()
         self.stem = nn.Conv2d(3, width, 3, padding=1) if images else nn.Embedding(20, width)
         self.side = nn.Conv2d(3, width, 1) if images else nn.Linear(5, width)
-        first, previous = width, None
+        previous: int | None = None
         for name, choice in steps:
             found = self._grow(name, choice, width, previous)
             if found is None:
                 continue
             indices, width, previous = found
             self.steps.append((name, choice, indices))
-        self.first = first
         self.heads = nn.ModuleList(nn.Linear(width, 3) for _ in range(outputs))
 
     def _new(self, module: nn.Module) -> int:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from graphsplit.analysis.dealing import Dealer, Deck, Prescribed, contiguous
 from graphsplit.analysis.inference import Inference
-from graphsplit.analysis.units import Ids, factor_key, varying
+from graphsplit.analysis.units import Ids, array_key, factor_key, varying
 
 SHARED_PART = -1
 
@@ -152,7 +152,7 @@ def _ragged(inference: Inference, assignment: Assignment) -> list[Ids]:
     for ids in _arrays(inference):
         if len(varying(ids)) < 2:
             continue
-        key = (ids.__array_interface__["data"][0], *ids.shape, *ids.strides)
+        key = array_key(ids)
         if key in seen:
             continue
         seen.add(key)

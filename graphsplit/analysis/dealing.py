@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Units = NDArray[np.int64]
 Parts = NDArray[np.int16]
 Strategy = Literal["contiguous", "interleaved", "random", "cluster"]
-STRATEGIES: tuple[Strategy, ...] = ("contiguous", "interleaved", "random", "cluster")
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 
 @dataclass(frozen=True)
@@ -150,6 +150,8 @@ class Prescribed:
         Raises:
             PlanError: Some unit that is to be dealt out is not known.
         """
+        if deck.k == 1:
+            return contiguous(deck)  # one sub-model has everything, so that nothing is prescribed
         part_of_unit = np.full(int(deck.labels.max()) + 1, -1, np.int16)
         for name, dims in deck.inference.state.items():
             for ids, parts in zip(dims, self.parts_of.get(name, (None,) * len(dims)), strict=True):

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graphsplit.analysis.assignment import SHARED_PART, Assignment
-from graphsplit.analysis.units import Factors, Ids, varying
+from graphsplit.analysis.units import Factors, Ids, array_key, varying
 from graphsplit.errors import InternalError
 
 Indices = NDArray[np.int64]
@@ -56,10 +56,6 @@ class Layout:
         )
 
 
-def _key(ids: Ids) -> tuple[int, ...]:
-    return (ids.__array_interface__["data"][0], *ids.shape, *ids.strides)
-
-
 class Layouts:
     """Computes layouts from factors, and remembers them."""
 
@@ -77,7 +73,7 @@ class Layouts:
         Raises:
             InternalError: A sub-model's share is not a rectangular slice.
         """
-        key = (shape, *(_key(ids) for ids in factors))
+        key = (shape, *(array_key(ids) for ids in factors))
         if key not in self._layouts:
             self._keep.append(factors)
             self._layouts[key] = self._make(shape, factors)
@@ -109,7 +105,7 @@ class Layouts:
         return all(cut[part].size == cut[other].size for cut in self._distinct.values())
 
     def _factor(self, ids: Ids) -> dict[int, Cut] | None:
-        key = _key(ids)
+        key = array_key(ids)
         if key not in self._cuts:
             self._cuts[key] = self._compute(ids)
         return self._cuts[key]

@@ -36,8 +36,15 @@ def varying(ids: Ids) -> tuple[int, ...]:
 
 def factor_key(ids: Ids) -> tuple[int, ...]:
     """Identity of the ids of a factor, which its reshaped views share."""
+    if not ids.flags.c_contiguous:
+        return array_key(ids)
     pointer: int = ids.__array_interface__["data"][0]
-    return (pointer, ids.size) if ids.flags.c_contiguous else (pointer, *ids.shape, *ids.strides)
+    return pointer, ids.size
+
+
+def array_key(ids: Ids) -> tuple[int, ...]:
+    """Identity of a factor: address, shape and strides; good while the array lives."""
+    return (ids.__array_interface__["data"][0], *ids.shape, *ids.strides)
 
 
 @dataclass
@@ -49,7 +56,6 @@ class UnitBuilder:
     _whole: dict[tuple[int, ...], Ids] = field(default_factory=dict)
     _left: list[Ids] = field(default_factory=list)
     _right: list[Ids] = field(default_factory=list)
-    _fresh: list[tuple[int, int]] = field(default_factory=list)
 
     def fresh(self, size: int) -> Ids:
         """New ids, not yet joined to anything; shape ``[size]``."""

@@ -19,7 +19,7 @@ from graphsplit.analysis.assignment import SHARED_PART, Assignment
 from graphsplit.analysis.inference import Inference, output_nodes
 from graphsplit.analysis.units import Factors, Ids, factor_key
 from graphsplit.errors import PartitionError
-from graphsplit.plan import PartitionPlan, decode_ranges
+from graphsplit.plan import PartitionPlan, is_disjoint
 
 Vertex = tuple[Any, ...]
 INPUT, OUTPUT, UNITS, VALUE, COMMON = "input", "output", "units", "value", "common"
@@ -194,16 +194,10 @@ def _units_once(assignment: Assignment, k: int) -> list[str]:
 
 def _parameters_once(plan: PartitionPlan) -> list[str]:
     broken = []
-    disjoint: dict[tuple[str, ...], bool] = {}  # of a cut, which many tensors share
     for state in plan.state:
         if plan.k == 1 or state.kind != "parameter" or state.merge in ("average", "stack", "common"):
             continue
-        cuts = [cut for cut in state.cuts if cut is not None]
-        for cut in cuts:
-            if cut not in disjoint:
-                indices = np.concatenate([decode_ranges(text) for text in cut])
-                disjoint[cut] = np.unique(indices).size == indices.size
-        if not any(disjoint[cut] for cut in cuts):
+        if not any(cut is not None and is_disjoint(cut) for cut in state.cuts):
             broken.append(f"property 5: {state.name} is in several sub-models")
     return broken
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import fx
@@ -108,12 +109,16 @@ def along(inference: Inference, node: fx.Node) -> Facts:
     """Each entry depends on the others along one dimension; the shape stays."""
     x = node_arg(node)
     rank = len(inference.shape(x))
-    dim = _dims(node.args[1], rank)
-    facts = Facts(())
+    return mixed_along(inference, x, _dims(node.args[1], rank))
+
+
+def mixed_along(inference: Inference, x: fx.Node, dims: Sequence[int], *, linear: bool = False) -> Facts:
+    """Facts of an op that mixes the entries along some dimensions and keeps the shape."""
+    facts = Facts((), linear=(x,) if linear else ())
     outputs = []
     for ids in inference.factors(x):
-        ids = inference.units.settle(ids, dim)
-        over = tuple(d for d in varying(ids) if d in dim)
+        ids = inference.units.settle(ids, dims)
+        over = tuple(dim for dim in varying(ids) if dim in dims)
         if over:
             facts.mixes.append((ids, over))
         outputs.append(ids)

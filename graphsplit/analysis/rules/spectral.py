@@ -8,7 +8,7 @@ from torch import fx
 
 from graphsplit.analysis.facts import Facts, argument, rule
 from graphsplit.analysis.inference import Inference
-from graphsplit.analysis.units import varying
+from graphsplit.analysis.rules.reduction import mixed_along
 from graphsplit.graphs import base_name, node_arg
 
 # Ops of which the result is as long as the operand.
@@ -34,18 +34,7 @@ def transform(inference: Inference, node: fx.Node) -> Facts:
         count = rank if size is None else len(size)
         given = list(range(rank - count, rank))
     dims = [dim % rank for dim in ([given] if isinstance(given, int) else given)]
-    facts = Facts((), linear=(x,))
-    if name not in SAME_LENGTH or size is not None:
-        factors, lost = inference.hold(x, dims)
-        facts.outputs = factors
-        facts.whole = f"{name} along units" if lost else None
-        return facts
-    outputs = []
-    for ids in inference.factors(x):
-        ids = inference.units.settle(ids, dims)
-        over = tuple(dim for dim in varying(ids) if dim in dims)
-        if over:
-            facts.mixes.append((ids, over))
-        outputs.append(ids)
-    facts.outputs = tuple(outputs)
-    return facts
+    if name in SAME_LENGTH and size is None:
+        return mixed_along(inference, x, dims, linear=True)
+    factors, lost = inference.hold(x, dims)
+    return Facts(factors, linear=(x,), whole=f"{name} along units" if lost else None)
