@@ -2,6 +2,8 @@
 
 from graphsplit import data, errors, train
 from graphsplit._api import Partition, draw, export_onnx, load, partition, save
+from graphsplit._layer_groups import LayerGroups, layer_groups
+from graphsplit._local_critics import LocalCritics, local_critics
 from graphsplit.emission import ProgramModule, emit
 from graphsplit.loading import load_model
 from graphsplit.plan import PartitionPlan
@@ -13,6 +15,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Certificate",
+    "LayerGroups",
+    "LocalCritics",
     "Partition",
     "PartitionPlan",
     "Program",
@@ -22,8 +26,10 @@ __all__ = [
     "emit",
     "errors",
     "export_onnx",
+    "layer_groups",
     "load",
     "load_model",
+    "local_critics",
     "partition",
     "save",
     "trace",

@@ -147,7 +147,7 @@ def certify(
         rows.append(_every_entry_once(analysis))
         return Certificate(tuple(rows))
     if example is not None and example.model is not None:
-        rows += _emitted_equals_model(program, example)
+        rows += emitted_equals_model(program, example)
     programs = [in_double(submodel(part)) for part in range(k)]
     generator = torch.Generator().manual_seed(0)
     randoms = [random_own(program, analysis, generator) for program in programs]
@@ -292,7 +292,7 @@ def _clear(plan: StatePlan, tensor: Tensor, part: int) -> None:
         tensor[index] = 0
 
 
-def _emitted_equals_model(program: Program, example: Example) -> list[Row]:
+def emitted_equals_model(program: Program, example: Example) -> list[Row]:
     """The traced program against the user's module, in both modes: outputs, buffers and gradients."""
     model = example.model
     assert model is not None
@@ -343,9 +343,9 @@ def _gradient_error(
     outputs: Outputs, theirs: Mapping[str, Tensor], expected: Any, ours: Mapping[str, Tensor], found: Any
 ) -> float:
     """Largest error of the gradients of a fixed random projection of the outputs."""
-    reference = _gradients(_kept(outputs, expected), theirs)
+    reference = projected_gradients(_kept(outputs, expected), theirs)
     values = [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor)]
-    own = _gradients(values, ours)
+    own = projected_gradients(values, ours)
     error = 0.0
     for name, gradient in reference.items():
         if name in own:
@@ -353,7 +353,8 @@ def _gradient_error(
     return error
 
 
-def _gradients(values: Sequence[Any], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def projected_gradients(values: Sequence[Any], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients of a fixed random projection of the outputs; zeros where there are none."""
     generator = torch.Generator().manual_seed(2)
     total: Tensor | None = None
     for value in values:

@@ -2,20 +2,25 @@
 
 from graphsplit.passes.base import Pass, PassResult, Programs
 from graphsplit.passes.dead_code_elimination import DeadCodeElimination
+from graphsplit.passes.layer_groups import LayerGroups, Recompose
 from graphsplit.passes.merge import Merge
 from graphsplit.passes.partition import Partition
 from graphsplit.passes.pipeline import PASSES, Pipeline, Timing
+from graphsplit.passes.unstack import Unstack
 from graphsplit.passes.widen import Widen
 
 __all__ = [
     "PASSES",
     "DeadCodeElimination",
+    "LayerGroups",
     "Merge",
     "Partition",
     "Pass",
     "PassResult",
     "Pipeline",
     "Programs",
+    "Recompose",
     "Timing",
+    "Unstack",
     "Widen",
 ]

@@ -8,21 +8,24 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from graphsplit.analysis import Analysis
+from graphsplit.depth.cuts import Cuts
 from graphsplit.errors import PartitionError
 from graphsplit.program import Program
 
 
 @dataclass(frozen=True)
 class Programs:
-    """What flows through a pipeline: one program, or the K that it was divided into.
+    """What flows through a pipeline: one program, or those that it was divided into.
 
     Attributes:
         items: The programs at this point.
-        analysis: How they came from one program, once a pass has divided it.
+        analysis: How they came from one program, once a pass has divided it by width.
+        cuts: The same by depth.
     """
 
     items: tuple[Program, ...]
     analysis: Analysis | None = None
+    cuts: Cuts | None = None
 
     @classmethod
     def of(cls, programs: Program | Sequence[Program] | Programs) -> Programs:
@@ -42,7 +45,7 @@ class Programs:
         return self.items[0]
 
     def with_items(self, items: Sequence[Program]) -> Programs:
-        """Other programs with the same analysis."""
+        """Other programs, divided in the same way."""
         return replace(self, items=tuple(items))
 
 

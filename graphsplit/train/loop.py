@@ -136,7 +136,7 @@ def _epoch(
     examples = 0
     start = time.perf_counter()
     for batch in data:
-        inputs, targets, size = _read(settings.device, batch)
+        inputs, targets, size = read_batch(settings.device, batch)
         optimizer.zero_grad()
         outputs = _call(model, inputs)
         loss = settings.loss(outputs, targets)
@@ -198,7 +198,7 @@ def evaluate(
     examples = 0
     with evaluating(model), torch.no_grad():
         for batch in data:
-            inputs, targets, size = _read(settings.device, batch)
+            inputs, targets, size = read_batch(settings.device, batch)
             outputs = _call(model, inputs)
             sums += size * _metrics(settings, loss(outputs, targets), outputs, targets)
             examples += size
@@ -229,7 +229,7 @@ def _metrics(settings: Settings, loss: Tensor, outputs: Any, targets: Any) -> Te
     return torch.stack([loss.detach().double(), error])
 
 
-def _read(device: torch.device, batch: Sequence[Any]) -> tuple[Any, Any, int]:
+def read_batch(device: torch.device, batch: Sequence[Any]) -> tuple[Any, Any, int]:
     """Inputs and targets on the device, and the number of examples: the first size of the first target."""
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         raise UserError(

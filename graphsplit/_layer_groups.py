@@ -1,0 +1,192 @@
+"""The public face of depth: layer groups."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from graphsplit import costs
+from graphsplit.bundle import program_of
+from graphsplit.depth.certificate import certify_groups
+from graphsplit.depth.cuts import Cuts, Tied
+from graphsplit.depth.plan import Crossing, DepthPlan, GroupPlan, Measure
+from graphsplit.emission import ProgramModule, emit
+from graphsplit.errors import PlanError
+from graphsplit.memory import parse_bytes
+from graphsplit.passes.layer_groups import divide, extract_group, join
+from graphsplit.program import Program, TensorMeta, meta_of, source_of
+from graphsplit.signature import as_call
+from graphsplit.tracing import trace
+from graphsplit.verification import Certificate, Example
+
+
+class LayerGroups:
+    """A model divided by depth into groups that run one after the other. Made by `layer_groups`.
+
+    Attributes:
+        program: The traced model.
+        cuts: Where it is cut, on its graphs.
+    """
+
+    def __init__(self, cuts: Cuts, measure: Measure, tied: Tied, example: Example | None = None) -> None:
+        self.program = cuts.program
+        self.cuts = cuts
+        self._measure: Measure = measure
+        self._tied: Tied = tied
+        self._example = example
+
+    @property
+    def n(self) -> int:
+        """Number of groups."""
+        return self.cuts.n
+
+    @cached_property
+    def programs(self) -> tuple[Program, ...]:
+        """The groups as programs, in the order in which they run; their values are the model's."""
+        return tuple(extract_group(self.cuts, group) for group in range(self.n))
+
+    @cached_property
+    def modules(self) -> list[ProgramModule]:
+        """The groups: independent modules with the original parameter names, in train mode.
+
+        The first takes the model's inputs, the last gives its outputs. What one gives, the next takes:
+        ``groups[1](groups[0](x))``, or ``groups[1](*groups[0](x))`` where several tensors cross the cut.
+        """
+        return [emit(program) for program in self.programs]
+
+    @property
+    def costs(self) -> tuple[float, ...]:
+        """Cost of each group in the measure that was balanced."""
+        return self.cuts.costs
+
+    @property
+    def bound(self) -> float:
+        """What the dearest group costs at least, wherever the cuts are."""
+        return self.cuts.bound
+
+    @property
+    def frontiers(self) -> tuple[tuple[TensorMeta, ...], ...]:
+        """What crosses each cut."""
+        return tuple(program.signature.inputs for program in self.programs[1:])
+
+    @cached_property
+    def plan(self) -> DepthPlan:
+        """Where the model is cut, as plain data."""
+        groups = tuple(self._group_plan(group) for group in range(self.n))
+        return DepthPlan(self.program.name, self._measure, self.bound, groups, self._tied)
+
+    def _group_plan(self, group: int) -> GroupPlan:
+        cuts, program = self.cuts, self.programs[group]
+        first = [line.placed[cuts.places(number, group).start] for number, line in enumerate(cuts.lines)]
+        crossing = cuts.crossing(0, group) if group < self.n - 1 else []
+        return GroupPlan(
+            starts=tuple(node.name for node in first),
+            source=str(source_of(first[0])),
+            cost=self.costs[group],
+            flops=costs.graph_flops(program.graph("train")),
+            parameters=program.parameter_count(),
+            state=tuple(program.state),
+            crossing=tuple(
+                Crossing(
+                    node.name,
+                    meta_of(node).shape,
+                    str(meta_of(node).dtype).removeprefix("torch."),
+                    str(source_of(node)),
+                )
+                for node in crossing
+            ),
+        )
+
+    def current_programs(self, modules: Sequence[nn.Module] | None = None) -> tuple[Program, ...]:
+        """The groups as programs, with the values that the modules have now."""
+        if modules is None:
+            if "modules" not in self.__dict__:
+                return self.programs
+            modules = self.modules
+        if len(modules) != self.n:
+            raise PlanError(f"{len(modules)} modules for {self.n} layer groups")
+        found = []
+        for number, module in enumerate(modules):
+            if not isinstance(module, ProgramModule):
+                raise PlanError(
+                    f"group {number} is a {type(module).__name__}", hint="give the modules of layer_groups"
+                )
+            found.append(program_of(module))
+        return tuple(found)
+
+    def recompose(self, modules: Sequence[nn.Module] | None = None) -> ProgramModule:
+        """One model of all groups, with the values that they have now and the original parameter names.
+
+        It equals the original bit for bit, in train mode too when both start from one seed. A copy of a
+        tied weight that a group has for itself stands under another of the weight's names.
+
+        Args:
+            modules: The groups in order; by default those of `modules`.
+
+        Raises:
+            PlanError: They are not the groups of this model, in order.
+        """
+        return emit(join(self.current_programs(modules), self.program))
+
+    def verify(self) -> Certificate:
+        """Prove the division in float64: recomposed, and in a chain, the groups are the model."""
+        return certify_groups(self.program, self.programs, join(self.programs, self.program), self._example)
+
+    def __repr__(self) -> str:
+        groups = ", ".join(f"{group.parameters:,}" for group in self.plan.groups)
+        return f"LayerGroups of {self.program.name}: {self.n} groups of {groups} parameters"
+
+
+def layer_groups(
+    model: nn.Module | Program,
+    args: Any = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    n: int | None = None,
+    balance: Measure = "flops",
+    at: Sequence[str] | None = None,
+    tied: Tied = "refuse",
+    max_crossing: str | int | None = None,
+    tolerance: float = 0.0,
+    outputs: Sequence[str] | None = None,
+) -> LayerGroups:
+    """Cut a model by depth into groups of consecutive layers.
+
+    Cuts are made in the order in which the ops run, so that they may cross skip connections: everything that
+    a later group needs crosses every cut in between.
+
+    Args:
+        model: The user's module, which is not changed, or a traced `Program`.
+        args: Example inputs: a tensor, a tuple by position or a dict by keyword.
+        kwargs: Further example inputs by keyword.
+        n: Number of groups, 2 unless ``at`` is given.
+        balance: The dearest group is made as cheap as it can be, exactly: ``"flops"`` of a forward pass,
+            ``"params"``, ``"memory"`` (bytes of parameters, gradients, Adam's states and what autograd
+            keeps), or ``"time"`` (measured here, forward and backward).
+        at: Paths of the modules at whose start a new group begins, in place of balancing.
+        tied: A weight that several groups would use is refused by name, or ``"copy"``: each has its own.
+        max_crossing: Bytes (``"1MB"``) that a cut may let through, with the batch of the example.
+        tolerance: By which share the dearest group may be dearer than need be, where that saves bytes.
+        outputs: Names of the outputs to keep, as for `trace`.
+
+    Raises:
+        PartitionError: The model cannot be cut so; the message says what is in the way.
+        TraceError, UnsupportedError, InputError: The model cannot be traced.
+    """
+    example = None
+    if isinstance(model, Program):
+        program = model
+        if args != () or kwargs:
+            example = Example(None, *as_call(args, kwargs))
+    else:
+        program = trace(model, args, kwargs, outputs=outputs)
+        example = Example(model, *as_call(args, kwargs))
+    inputs = None if example is None else program.signature.flatten(example.args, example.kwargs)
+    cuts = divide(
+        program, n, tuple(at or ()), balance, tied, inputs=inputs,
+        max_crossing=None if max_crossing is None else parse_bytes(max_crossing), tolerance=tolerance,
+    )  # fmt: skip
+    return LayerGroups(cuts, balance, tied, example)
