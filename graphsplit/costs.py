@@ -59,7 +59,7 @@ def _added_product(node: fx.Node) -> int:
 def _bilinear(node: fx.Node) -> int:
     batch = math.prod(_shape(node, 0)[:-1])
     outputs, left, right = _shape(node, 2)
-    return batch * outputs * right * (left + 1)
+    return batch * outputs * left * (right + 1)
 
 
 def _convolution(node: fx.Node) -> int:
@@ -209,11 +209,12 @@ def saved_bytes(program: Program, graph: fx.Graph) -> dict[fx.Node, int]:
     The forward pass runs on fake tensors, which have shapes and no memory. A tensor that several nodes save
     is counted where it is saved first.
     """
-    with FakeTensorMode() as mode:
-        state = {
-            name: mode.from_tensor(entry.tensor.detach()).requires_grad_(entry.requires_grad)
-            for name, entry in program.state.items()
-        }
+    mode = FakeTensorMode()
+    state = {
+        name: mode.from_tensor(entry.tensor.detach()).requires_grad_(entry.requires_grad)
+        for name, entry in program.state.items()
+    }
+    with mode:
         run = _Saved(program, graph, _leaves(state))
         run.run(*(_zeros(meta) for meta in program.signature.inputs))
     return run.bytes
