@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from graphsplit import costs
 from graphsplit._layer_groups import LayerGroups, layer_groups
@@ -23,9 +23,10 @@ from graphsplit.passes.layer_groups import join, join_head
 from graphsplit.program import Program, TensorMeta, meta_of
 from graphsplit.signature import Outputs, as_call
 from graphsplit.tracing import trace
-from graphsplit.train.local import LocalEpoch, LocalLosses, Recipe, Stage, Watch
-from graphsplit.train.loop import Batches, Metric, read_batch, seed_epoch
-from graphsplit.train.losses import Named, PerSample, checked, per_sample
+from graphsplit.train.local import LocalEpoch, LocalLosses, LocalTraining
+from graphsplit.train.loop import Batches, Metric
+from graphsplit.train.losses import Named, PerSample, per_sample
+from graphsplit.train.stage import Recipe, Stage
 
 
 @dataclass(frozen=True)
@@ -71,33 +72,46 @@ class LocalCritics:
         self._output = tuple(output)
         self._seed = seed
         self._recipe = Recipe()
-        self._steps = 0
 
     @property
     def n(self) -> int:
         """Number of critics."""
         return len(self.critics)
 
-    @cached_property
+    @property
     def stages(self) -> list[Stage]:
         """Each group with its critic."""
+        return self.training.stages
+
+    @cached_property
+    def training(self) -> LocalTraining:
+        """What trains the stages."""
         found = []
         for number, group in enumerate(self.groups.modules):
             last = number == self.n
             main = self._output if last else (main_tensor(self.groups.frontiers[number]),)
             critic = None if last else self.critics[number]
             found.append(Stage(number, group, critic, main, self.loss, self._seed))
-        return found
+        return LocalTraining(found, self._flatten, self.loss, self._seed)
+
+    def _flatten(self, inputs: Any) -> Sequence[Any]:
+        return self.groups.program.signature.flatten(*as_call(inputs, None))
 
     def configure(self, recipe: Recipe) -> None:
         """Choose optimizers, schedules, precision and clipping; states of earlier ones are dropped."""
         self._recipe = recipe
-        for stage in self.stages:
-            stage.configure(recipe)
+        self.training.configure(recipe)
 
-    def to(self, device: str | torch.device) -> LocalCritics:
-        """Move every group and critic; optimizers are made anew."""
-        for stage in self.stages:
+    def to(self, *devices: str | torch.device) -> LocalCritics:
+        """Move every group with its critic to a device, or each to one of its own; optimizers are made anew.
+
+        Args:
+            devices: One for all, or one for each group. On several CUDA devices groups overlap, as nothing
+                waits for what is behind it.
+        """
+        if len(devices) not in (1, len(self.stages)):
+            raise UserError(f"{len(devices)} devices for {len(self.stages)} groups")
+        for stage, device in zip(self.stages, devices * (len(self.stages) // len(devices)), strict=True):
             stage.group.to(device)
             if stage.critic is not None:
                 stage.critic.to(device)
@@ -114,7 +128,7 @@ class LocalCritics:
         Raises:
             UserError: The loss does not fit, or is not finite; the group is named.
         """
-        return self._run(inputs, targets, update=False)
+        return self.training.step(inputs, targets, update=False)
 
     def step(self, inputs: Any, targets: Any) -> LocalLosses:
         """Train every group and critic on one batch, as `configure` says (Adam by default).
@@ -126,28 +140,7 @@ class LocalCritics:
         Raises:
             UserError: The loss does not fit, or is not finite; the group is named.
         """
-        if not self.stages[0].learners:
-            self.configure(self._recipe)
-        return self._run(inputs, targets, update=True)
-
-    def _run(self, inputs: Any, targets: Any, *, update: bool) -> LocalLosses:
-        args, kwargs = as_call(inputs, None)
-        values: Sequence[Any] = self.groups.program.signature.flatten(args, kwargs)
-        losses: list[Tensor] = []
-        differences: list[Tensor] = []
-        for stage in self.stages:
-            passed = stage.forward(values, targets, self._steps)
-            losses.append(passed.losses.mean())
-            if stage.number:
-                before = self.stages[stage.number - 1]
-                differences.append(before.learn(passed.losses))
-                if update:
-                    before.learners[1].update()
-            if update:
-                stage.learners[0].update()
-            values = passed.handed
-        self._steps += 1
-        return LocalLosses(torch.stack(losses), torch.stack(differences) if differences else torch.zeros(0))
+        return self.training.step(inputs, targets)
 
     def fit(
         self,
@@ -156,99 +149,41 @@ class LocalCritics:
         *,
         test: Batches | None = None,
         error: Metric | None = None,
-        device: str | torch.device = "cpu",
+        parallel: bool = False,
+        queue: int = 1,
+        checkpoint: str | Path | None = None,
         on_epoch: Callable[[LocalEpoch], None] | None = None,
     ) -> list[LocalEpoch]:
-        """Train for some epochs; call it again to go on.
+        """Train for some epochs.
 
         Args:
             data: Batches of inputs and targets, iterated over once in every epoch.
-            epochs: How many.
+            epochs: How many; with a checkpoint, up to which number.
             test: Batches to evaluate every sub-model on after each epoch.
             error: A second number to record, such as `gs.train.misclassified`.
-            device: Where batches are sent, and where the modules are.
-            on_epoch: Called with the record of every epoch; ``print`` shows progress.
+            parallel: One group in each process that torchrun started; all read the same data.
+            queue: Batches that a group may be ahead of the losses that its critic learns from. With 1 all
+                numbers are those of one process.
+            checkpoint: A folder to save every epoch in, and to go on from.
+            on_epoch: Called with the record of every epoch, in the first process; ``print`` shows progress.
 
         Returns:
             A record for each epoch.
+
+        Raises:
+            UserError: A group diverged, a process is missing or gone, or a checkpoint is of another training.
         """
-        if not self.stages[0].learners:
-            self.configure(self._recipe)
-        watch = Watch()
-        records = []
-        for number in range(epochs):
-            with torch.random.fork_rng():
-                seed_epoch(self._seed, None, number, data)
-                record = self._epoch(data, number, torch.device(device))
-            watch.look(record.losses)
-            if test is not None:
-                losses, errors = self.evaluate(test, error=error, device=device)
-                record = replace(record, test_losses=losses, test_errors=errors)
-            records.append(record)
-            if on_epoch is not None:
-                on_epoch(record)
-        return records
-
-    def _epoch(self, data: Batches, number: int, device: torch.device) -> LocalEpoch:
-        for stage in self.stages:
-            stage.train()
-        totals = torch.zeros(2 * self.n + 1, dtype=torch.float64)
-        examples = 0
-        start = time.perf_counter()
-        for batch in data:
-            inputs, targets, size = read_batch(device, batch)
-            found = self.step(inputs, targets)
-            totals += size * torch.cat([found.groups, found.critics]).double().cpu()
-            examples += size
-            self._schedule(every_batch=True)
-        if not examples:
-            raise UserError(
-                "the data gave no batch in this epoch",
-                hint="give a DataLoader or a list: an iterator is empty after one epoch",
-            )
-        seconds = time.perf_counter() - start
-        self._schedule(every_batch=False)
-        means = (totals / examples).tolist()
-        return LocalEpoch(
-            number, tuple(means[: self.n + 1]), tuple(means[self.n + 1 :]), seconds=seconds, examples=examples
-        )
-
-    def _schedule(self, *, every_batch: bool) -> None:
-        if self._recipe.step_every_batch == every_batch:
-            for stage in self.stages:
-                for learner in stage.learners:
-                    if learner.scheduler is not None:
-                        learner.scheduler.step()
+        folder = None if checkpoint is None else Path(checkpoint)
+        return self.training.fit(
+            data, epochs, test=test, error=error, parallel=parallel, queue=queue, checkpoint=folder,
+            on_epoch=on_epoch,
+        )  # fmt: skip
 
     def evaluate(
-        self, data: Batches, *, error: Metric | None = None, device: str | torch.device = "cpu"
+        self, data: Batches, *, error: Metric | None = None
     ) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Loss, and error where one is given, of every sub-model, in eval mode; one pass over the data."""
-        totals = torch.zeros(2, self.n + 1, dtype=torch.float64)
-        examples = 0
-        modes = [stage.group.training for stage in self.stages]
-        for stage in self.stages:
-            stage.train(False)
-        with torch.no_grad():
-            for batch in data:
-                inputs, targets, size = read_batch(torch.device(device), batch)
-                args, kwargs = as_call(inputs, None)
-                values: Sequence[Any] = self.groups.program.signature.flatten(args, kwargs)
-                for stage in self.stages:
-                    values = stage.group.run_flat(values)
-                    scores = stage.scores(values)
-                    totals[0, stage.number] += (
-                        size * checked(self.loss, scores, targets).double().mean().cpu()
-                    )
-                    if error is not None:
-                        totals[1, stage.number] += size * error(scores, targets).double().cpu()
-                examples += size
-        for stage, mode in zip(self.stages, modes, strict=True):
-            stage.train(mode)
-        if not examples:
-            raise UserError("the test data gave no batch", hint="an iterator is empty after it was read once")
-        losses, errors = (tuple(row.tolist()) for row in totals / examples)
-        return losses, errors if error is not None else ()
+        return self.training.evaluate(data, error)
 
     def submodel_program(self, i: int) -> Program:
         """Sub-model ``i`` as a program, with the values that it has now."""
@@ -303,23 +238,11 @@ class LocalCritics:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that training needs to go on: modules, optimizers, schedules, number of steps."""
-        if not self.stages[0].learners:
-            self.configure(self._recipe)
-        return {
-            "steps": self._steps,
-            "stages": [[learner.state_dict() for learner in stage.learners] for stage in self.stages],
-        }
+        return self.training.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave, under the same recipe."""
-        if not self.stages[0].learners:
-            self.configure(self._recipe)
-        if len(state["stages"]) != len(self.stages):
-            raise UserError(f"a state of {len(state['stages'])} groups for {len(self.stages)}")
-        self._steps = int(state["steps"])
-        for stage, states in zip(self.stages, state["stages"], strict=True):
-            for learner, own in zip(stage.learners, states, strict=True):
-                learner.load_state_dict(own)
+        self.training.load_state_dict(state)
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{item.parameters:,}" for item in self.complexity())

@@ -1,247 +1,27 @@
-"""Training of layer groups by local critics (Lee & Lee, arXiv 2102.01963, section III).
-
-With ``h_i`` what group ``i`` hands on, ``c_i`` its critic and ``l`` the loss of one example, let
-``L_i = l(c_i(h_i), y)`` for the critics and ``L_{n+1}`` the loss of the model itself. Then
-
-- group ``i`` follows the gradient of the mean of ``L_i``, the critic held fixed;
-- critic ``i`` follows the gradient of the mean of ``|L_i - L_{i+1}|`` over the examples, in its own
-  parameters, the target held fixed.
-
-No gradient crosses a cut: what is handed on is detached, and one number for each example comes back.
-"""
+"""The loop of local critic training: batches, epochs, tests, checkpoints, in one process or several."""
 
 from __future__ import annotations
 
+import math
+import os
+import re
+import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch import Tensor
 
-from graphsplit.emission import ProgramModule
 from graphsplit.errors import UserError
+from graphsplit.train.local_processes import Chain
+from graphsplit.train.loop import Batches, Metric, read_batch, seed_epoch
 from graphsplit.train.losses import PerSample, checked
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
-SchedulerFactory = Callable[[torch.optim.Optimizer], LRScheduler]
-
-
-def adam(module: nn.Module) -> torch.optim.Optimizer:
-    """Adam with a learning rate of 0.001."""
-    return torch.optim.Adam(module.parameters(), lr=1e-3)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How groups and critics are trained.
-
-    Attributes:
-        optimizer: Makes the optimizer of a group.
-        critic_optimizer: Makes the optimizer of a critic; None: as for a group.
-        scheduler: Makes the learning-rate schedule of an optimizer, stepped after every epoch.
-        step_every_batch: Step schedules after every batch instead.
-        amp: Run forward passes under autocast in this dtype; float16 scales losses.
-        clip: Largest norm of the gradient of a group, and of a critic.
-    """
-
-    optimizer: OptimizerFactory = adam
-    critic_optimizer: OptimizerFactory | None = None
-    scheduler: SchedulerFactory | None = None
-    step_every_batch: bool = False
-    amp: torch.dtype | None = None
-    clip: float | None = None
-
-
-class Learner:
-    """A module with what updates it; one without parameters is never updated."""
-
-    def __init__(self, module: nn.Module, make: OptimizerFactory, recipe: Recipe) -> None:
-        self.module = module
-        self.trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self.optimizer = make(module) if self.trained else None
-        self.scheduler = recipe.scheduler(self.optimizer) if recipe.scheduler and self.optimizer else None
-        device = self.trained[0].device.type if self.trained else "cpu"
-        self.scaler = torch.amp.GradScaler(device, enabled=recipe.amp == torch.float16)
-        self.clip = recipe.clip
-
-    def update(self) -> None:
-        """One step of the optimizer with the gradients that are there, which are then dropped."""
-        if self.optimizer is None:
-            return
-        if self.clip is not None:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.trained, self.clip)
-        if any(parameter.grad is not None for parameter in self.trained):
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        self.optimizer.zero_grad()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that has to be known to go on."""
-        parts = {"module": self.module, "optimizer": self.optimizer, "scheduler": self.scheduler}
-        return {name: part.state_dict() for name, part in parts.items() if part is not None} | {
-            "scaler": self.scaler.state_dict()
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
-        self.module.load_state_dict(state["module"])
-        self.scaler.load_state_dict(state["scaler"])
-        if self.optimizer is not None:
-            self.optimizer.load_state_dict(state["optimizer"])
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
-
-
-@dataclass
-class Passed:
-    """What a stage leaves for others.
-
-    Attributes:
-        handed: What the next stage takes, detached.
-        losses: One for each example, detached: the target of the critic before. ``[N]``
-    """
-
-    handed: list[Any]
-    losses: Tensor
-
-
-class Stage:
-    """One layer group with its critic: all that trains without waiting for what is behind it.
-
-    Attributes:
-        number: Of the group, from 0.
-        group: The layer group.
-        critic: Estimates the loss from what the group hands on; None for the last group, which has the loss.
-    """
-
-    def __init__(
-        self,
-        number: int,
-        group: ProgramModule,
-        critic: nn.Module | None,
-        main: tuple[int, ...],
-        loss: PerSample,
-        seed: int = 0,
-    ) -> None:
-        self.number = number
-        self.group = group
-        self.critic = critic
-        self.seed = seed
-        self._main = main
-        self._loss = loss
-        self._amp: torch.dtype | None = None
-        self._waiting: list[Tensor] = []
-        self.learners: list[Learner] = []
-
-    def configure(self, recipe: Recipe) -> None:
-        """Make optimizers and schedules."""
-        self._amp = recipe.amp
-        make = recipe.critic_optimizer or recipe.optimizer
-        self.learners = [Learner(self.group, recipe.optimizer, recipe)]
-        if self.critic is not None:
-            self.learners.append(Learner(self.critic, make, recipe))
-
-    def forward(self, inputs: Sequence[Any], targets: Any, step: int = 0) -> Passed:
-        """Run a batch and leave the group's gradients in it; the critic's follow with `learn`.
-
-        Args:
-            inputs: What the stage before handed on, or the model's inputs in order; no gradient goes to them.
-            targets: Of the loss.
-            step: Number of the batch, which random numbers depend on.
-
-        Raises:
-            UserError: The loss is not one number for each example, or not finite.
-        """
-        with self._random(step), self._autocast():
-            outputs = list(self.group.run_flat([_detached(value) for value in inputs]))
-            features = outputs[self._main[0 if self.group.training else -1]]
-            if self.critic is None:
-                losses = checked(self._loss, features, targets)
-            else:
-                leaf = features.detach().requires_grad_()
-                losses = checked(self._loss, self.critic(leaf), targets)
-        self._check(losses)
-        scale = self.learners[0].scaler.scale if self.learners else _same
-        if self.critic is None:
-            if losses.requires_grad:
-                scale(losses.mean()).backward()
-        else:
-            if features.requires_grad:
-                (gradient,) = torch.autograd.grad(scale(losses.mean()), leaf, retain_graph=True)
-                features.backward(gradient)
-            self._waiting.append(losses)
-        return Passed([_detached(value) for value in outputs], losses.detach())
-
-    def learn(self, targets: Tensor) -> Tensor:
-        """Leave the critic's gradients in it: of the oldest batch that waits for its target.
-
-        Args:
-            targets: Losses of the next stage for the same examples. ``[N]``
-
-        Returns:
-            The mean over the examples of the difference between both.
-        """
-        losses = self._waiting.pop(0)
-        difference = (losses - targets.to(losses)).abs().mean()
-        if self.critic is not None and difference.requires_grad:
-            scale = self.learners[1].scaler.scale if self.learners else _same
-            trained = [parameter for parameter in self.critic.parameters() if parameter.requires_grad]
-            if trained:
-                scale(difference).backward(inputs=trained)
-        return difference.detach()
-
-    def scores(self, outputs: Sequence[Any]) -> Tensor:
-        """What this stage would answer, from what its group gives."""
-        features: Tensor = outputs[self._main[0 if self.group.training else -1]]
-        return features if self.critic is None else self.critic(features)
-
-    def train(self, mode: bool = True) -> None:
-        """Train or eval mode, of the group and the critic."""
-        self.group.train(mode)
-        if self.critic is not None:
-            self.critic.train(mode)
-
-    @contextmanager
-    def _random(self, step: int) -> Iterator[None]:
-        """Random numbers that depend on seed, step and stage alone, wherever the stage runs."""
-        device = next((tensor.device for tensor in self.group.parameters()), torch.device("cpu"))
-        devices = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed((self.seed * 1_000_003 + step) * 1_003 + self.number)
-            yield
-
-    @contextmanager
-    def _autocast(self) -> Iterator[None]:
-        if self._amp is None:
-            yield
-            return
-        device = next((tensor.device.type for tensor in self.group.parameters()), "cpu")
-        with torch.autocast(device, self._amp):
-            yield
-
-    def _check(self, losses: Tensor) -> None:
-        if not bool(torch.isfinite(losses).all()):
-            what = "its critic's estimate" if self.critic is not None else "the loss"
-            raise UserError(
-                f"group {self.number} diverged: {what} is not finite",
-                hint="lower its learning rate, or clip gradients",
-            )
-
-
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
-
-
-def _same(value: Tensor) -> Tensor:
-    return value
+from graphsplit.train.processes import process_group
+from graphsplit.train.stage import Learner, Recipe, Stage, diverged
 
 
 @dataclass(frozen=True)
@@ -274,6 +54,8 @@ class LocalEpoch:
         test_errors: The same for the error; empty without one.
         seconds: Wall time of training, without the test.
         examples: Training examples seen.
+        bytes_down: Handed on between processes; 0 where there is one.
+        bytes_up: Losses that went back.
     """
 
     number: int
@@ -283,6 +65,8 @@ class LocalEpoch:
     test_errors: tuple[float, ...] = ()
     seconds: float = 0.0
     examples: int = 0
+    bytes_down: int = 0
+    bytes_up: int = 0
 
     def __str__(self) -> str:
         def row(values: Sequence[float], form: str) -> str:
@@ -318,3 +102,282 @@ class Watch:
                     "own, clip gradients, or cut into fewer groups",
                     stacklevel=3,
                 )
+
+
+class InTurn:
+    """All stages in this process, one after the other."""
+
+    def __init__(self, stages: Sequence[Stage]) -> None:
+        self.mine = stages
+
+    def train(self, values: Sequence[Any], targets: Any, step: int, *, update: bool = True) -> Tensor:
+        """Train on a batch."""
+        home = self.mine[-1].device
+        found = torch.zeros(2, len(self.mine), device=home)
+        for stage in self.mine:
+            passed = stage.forward(values, targets, step)
+            found[0, stage.number] = passed.losses.mean().to(home)
+            if stage.number:
+                before = self.mine[stage.number - 1]
+                found[1, before.number] = before.learn(passed.losses).to(home)
+                if update:
+                    before.learners[1].update()
+            if update:
+                stage.learners[0].update()
+            values = passed.handed
+        return found
+
+    def finish(self) -> Tensor:
+        """Nothing is open."""
+        return torch.zeros(2, len(self.mine))
+
+    def evaluate(self, values: Sequence[Any]) -> list[tuple[int, Tensor]]:
+        """Scores of every sub-model."""
+        found = []
+        for stage in self.mine:
+            values = stage.group.run_flat([value.to(stage.device) for value in values])
+            found.append((stage.number, stage.scores(values)))
+        return found
+
+    def total(self, sums: Tensor) -> Tensor:
+        """There is one process."""
+        return sums
+
+
+Flatten = Callable[[Any], Sequence[Any]]
+"""Of the inputs of a batch the values of the model's inputs, in order."""
+
+
+class LocalTraining:
+    """Trains stages by local critics.
+
+    Attributes:
+        stages: Each group with its critic.
+        steps: Batches seen so far.
+    """
+
+    def __init__(self, stages: Sequence[Stage], flatten: Flatten, loss: PerSample, seed: int) -> None:
+        self.stages = list(stages)
+        self.steps = 0
+        self._flatten = flatten
+        self._loss = loss
+        self._seed = seed
+        self._recipe = Recipe()
+
+    def configure(self, recipe: Recipe) -> None:
+        """Choose optimizers, schedules, precision and clipping; states of earlier ones are dropped."""
+        self._recipe = recipe
+        for stage in self.stages:
+            stage.configure(recipe)
+
+    def step(self, inputs: Any, targets: Any, *, update: bool = True) -> LocalLosses:
+        """One batch: gradients, and updates where they are wanted."""
+        if update:
+            self._configured()
+        found = InTurn(self.stages).train(self._flatten(inputs), targets, self.steps, update=update)
+        self.steps += 1
+        return LocalLosses(found[0], found[1, :-1])
+
+    def fit(
+        self,
+        data: Batches,
+        epochs: int,
+        *,
+        test: Batches | None,
+        error: Metric | None,
+        parallel: bool,
+        queue: int,
+        checkpoint: Path | None,
+        on_epoch: Callable[[LocalEpoch], None] | None,
+    ) -> list[LocalEpoch]:
+        """Epochs of training, with a record of each."""
+        self._configured()
+        watch = Watch()
+        records = []
+        with self._runner(parallel, queue) as runner:
+            store = None if checkpoint is None else Checkpoints(checkpoint, runner)
+            start = 0 if store is None else self._resume(store)
+            for number in range(start, epochs):
+                with torch.random.fork_rng():
+                    seed_epoch(self._seed, None, number, data)
+                    record = self._epoch(runner, data, number)
+                watch.look(record.losses)
+                if test is not None:
+                    losses, errors = self.evaluate(test, error, runner)
+                    record = replace(record, test_losses=losses, test_errors=errors)
+                if store is not None:
+                    store.save(number, self.steps)
+                records.append(record)
+                if on_epoch is not None and 0 in [stage.number for stage in runner.mine]:
+                    on_epoch(record)
+            if isinstance(runner, Chain):
+                runner.spread(self.stages)
+        return records
+
+    def _configured(self) -> None:
+        if not self.stages[0].learners:
+            self.configure(self._recipe)
+
+    @contextmanager
+    def _runner(self, parallel: bool, queue: int) -> Iterator[InTurn | Chain]:
+        if not parallel:
+            yield InTurn(self.stages)
+            return
+        with process_group() as (rank, size):
+            if size != len(self.stages):
+                raise UserError(
+                    f"{size} processes for {len(self.stages)} groups",
+                    hint=f"start the script with torchrun --nproc-per-node={len(self.stages)}",
+                )
+            yield Chain(self.stages[rank], size, queue)
+
+    def _epoch(self, runner: InTurn | Chain, data: Batches, number: int) -> LocalEpoch:
+        for stage in runner.mine:
+            stage.train()
+        sums = torch.zeros(2, len(self.stages), dtype=torch.float64)
+        examples = batches = 0
+        start = time.perf_counter()
+        for batch in data:
+            inputs, targets, size = read_batch(torch.device("cpu"), batch)
+            sums += runner.train(self._flatten(inputs), targets, self.steps).double().cpu()
+            examples, batches, self.steps = examples + size, batches + 1, self.steps + 1
+            self._schedule(runner, every_batch=True)
+        sums += runner.finish().double().cpu()
+        if not examples:
+            raise UserError(
+                "the data gave no batch in this epoch",
+                hint="give a DataLoader or a list: an iterator is empty after one epoch",
+            )
+        seconds = time.perf_counter() - start
+        self._schedule(runner, every_batch=False)
+        means = runner.total(sums) / batches
+        losses = tuple(means[0].tolist())
+        for group, loss in enumerate(losses):
+            if not math.isfinite(loss):
+                raise diverged(group)
+        down, up = runner.traffic() if isinstance(runner, Chain) else (0, 0)
+        return LocalEpoch(
+            number, losses, tuple(means[1, :-1].tolist()), seconds=seconds, examples=examples,
+            bytes_down=down, bytes_up=up,
+        )  # fmt: skip
+
+    def _schedule(self, runner: InTurn | Chain, *, every_batch: bool) -> None:
+        if self._recipe.step_every_batch == every_batch:
+            for learner in _learners(runner.mine):
+                if learner.scheduler is not None:
+                    learner.scheduler.step()
+
+    def evaluate(
+        self, data: Batches, error: Metric | None, runner: InTurn | Chain | None = None
+    ) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Loss, and error where one is given, of every sub-model; one pass over the data."""
+        runner = runner or InTurn(self.stages)
+        sums = torch.zeros(2, len(self.stages), dtype=torch.float64)
+        examples = 0
+        modes = [stage.group.training for stage in runner.mine]
+        for stage in runner.mine:
+            stage.train(False)
+        with torch.no_grad():
+            for batch in data:
+                inputs, targets, size = read_batch(torch.device("cpu"), batch)
+                for number, scores in runner.evaluate(self._flatten(inputs)):
+                    own = targets.to(scores.device) if isinstance(targets, Tensor) else targets
+                    sums[0, number] += size * checked(self._loss, scores, own).double().mean().cpu()
+                    if error is not None:
+                        sums[1, number] += size * error(scores, own).double().cpu()
+                examples += size
+        for stage, mode in zip(runner.mine, modes, strict=True):
+            stage.train(mode)
+        if not examples:
+            raise UserError("the test data gave no batch", hint="an iterator is empty after it was read once")
+        losses, errors = (tuple(row.tolist()) for row in runner.total(sums) / examples)
+        return losses, errors if error is not None else ()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that training needs to go on: modules, optimizers, schedules, number of steps."""
+        self._configured()
+        return {"steps": self.steps, "stages": [_state(stage) for stage in self.stages]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave, under the same recipe."""
+        self._configured()
+        if len(state["stages"]) != len(self.stages):
+            raise UserError(f"a state of {len(state['stages'])} groups for {len(self.stages)}")
+        self.steps = int(state["steps"])
+        for stage, own in zip(self.stages, state["stages"], strict=True):
+            _load(stage, own)
+
+    def _resume(self, store: Checkpoints) -> int:
+        """Load the newest epoch that every stage has; the number of the epoch to go on with."""
+        found = store.newest()
+        if found is None:
+            return 0
+        self.steps = store.load(found)
+        return found + 1
+
+
+def _learners(stages: Sequence[Stage]) -> list[Learner]:
+    return [learner for stage in stages for learner in stage.learners]
+
+
+def _state(stage: Stage) -> list[dict[str, Any]]:
+    return [learner.state_dict() for learner in stage.learners]
+
+
+def _load(stage: Stage, state: Sequence[dict[str, Any]]) -> None:
+    for learner, own in zip(stage.learners, state, strict=True):
+        learner.load_state_dict(own)
+
+
+class Checkpoints:
+    """A folder with a file for each stage and epoch, the last two epochs of each.
+
+    Files are written beside their place and renamed into it, so that a run that is killed leaves whole ones.
+    """
+
+    def __init__(self, folder: Path, runner: InTurn | Chain) -> None:
+        self.folder = folder
+        self._runner = runner
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def _path(self, stage: Stage, epoch: int) -> Path:
+        return self.folder / f"stage_{stage.number}.epoch_{epoch}.pt"
+
+    def save(self, epoch: int, steps: int) -> None:
+        """Write the stages that are here."""
+        for stage in self._runner.mine:
+            path = self._path(stage, epoch)
+            beside = path.with_suffix(".new")
+            torch.save({"steps": steps, "learners": _state(stage)}, beside)
+            os.replace(beside, path)
+            self._path(stage, epoch - 2).unlink(missing_ok=True)
+
+    def newest(self) -> int | None:
+        """The newest epoch that every stage has, in every process."""
+        known = None
+        for stage in self._runner.mine:
+            names = [path.name for path in self.folder.glob(f"stage_{stage.number}.epoch_*.pt")]
+            epochs = {int(found[1]) for found in map(_EPOCH.search, names) if found}
+            known = epochs if known is None else known & epochs
+        if isinstance(self._runner, Chain):
+            known = set.intersection(*self._runner.gather(known))
+        return max(known, default=None) if known else None
+
+    def load(self, epoch: int) -> int:
+        """Read the stages that are here; returns the number of steps."""
+        steps = 0
+        for stage in self._runner.mine:
+            path = self._path(stage, epoch)
+            try:
+                state = torch.load(path, map_location=stage.device, weights_only=True)
+                steps = int(state["steps"])
+                _load(stage, state["learners"])
+            except (RuntimeError, KeyError, ValueError, EOFError, OSError) as error:
+                raise UserError(
+                    f"{path} is no checkpoint of this training: {error}",
+                    hint="give the same model, cuts, critics and recipe, or another folder",
+                ) from None
+        return steps
+
+
+_EPOCH = re.compile(r"epoch_(\d+)\.pt$")

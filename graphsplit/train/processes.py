@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -46,7 +47,7 @@ def gather(mine: dict[int, Any], count: int) -> list[Any]:
         count: Number of sub-models.
     """
     found: list[dict[int, Any] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, mine, group=_cpu_group())
+    dist.all_gather_object(found, mine, group=cpu_group())
     together: dict[int, Any] = {}
     for results in found:
         together |= results or {}
@@ -56,14 +57,20 @@ def gather(mine: dict[int, Any], count: int) -> list[Any]:
 def share(value: Sequence[Any] | None) -> list[Any]:
     """A list that process 0 gives, for every process."""
     box: list[Any] = [list(value) if value is not None else None]
-    dist.broadcast_object_list(box, src=0, group=_cpu_group())
+    dist.broadcast_object_list(box, src=0, group=cpu_group())
     found: list[Any] = box[0]
     return found
 
 
-def _cpu_group() -> dist.ProcessGroup | None:
+def cpu_group() -> dist.ProcessGroup | None:
     """The group for objects in main memory: the default one, unless that is NCCL."""
     if dist.get_backend() != "nccl":
         return None
+    return _gloo_beside(dist.group.WORLD)
+
+
+@functools.cache
+def _gloo_beside(_: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """A gloo group of the same processes, made once for each default group."""
     group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=PATIENCE)
     return group

@@ -1,0 +1,294 @@
+"""Training of layer groups by local critics (Lee & Lee, arXiv 2102.01963, section III).
+
+With ``h_i`` what group ``i`` hands on, ``c_i`` its critic and ``l`` the loss of one example, let
+``L_i = l(c_i(h_i), y)`` for the critics and ``L_{n+1}`` the loss of the model itself. Then
+
+- group ``i`` follows the gradient of the mean of ``L_i``, the critic held fixed;
+- critic ``i`` follows the gradient of the mean of ``|L_i - L_{i+1}|`` over the examples, in its own
+  parameters, the target held fixed.
+
+No gradient crosses a cut: what is handed on is detached, and one number for each example comes back.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils import _pytree as pytree
+
+from graphsplit.emission import ProgramModule
+from graphsplit.errors import UserError
+from graphsplit.train.losses import PerSample, checked
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+CRITIC = 1 << 40
+"""Added to the number of a step, so that a critic draws other random numbers than its group."""
+
+OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
+SchedulerFactory = Callable[[torch.optim.Optimizer], LRScheduler]
+
+
+def adam(module: nn.Module) -> torch.optim.Optimizer:
+    """Adam with a learning rate of 0.001."""
+    return torch.optim.Adam(module.parameters(), lr=1e-3)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How groups and critics are trained.
+
+    Attributes:
+        optimizer: Makes the optimizer of a group.
+        critic_optimizer: Makes the optimizer of a critic; None: as for a group.
+        scheduler: Makes the learning-rate schedule of an optimizer, stepped after every epoch.
+        step_every_batch: Step schedules after every batch instead.
+        amp: Run forward passes under autocast in this dtype; float16 scales losses.
+        clip: Largest norm of the gradient of a group, and of a critic.
+    """
+
+    optimizer: OptimizerFactory = adam
+    critic_optimizer: OptimizerFactory | None = None
+    scheduler: SchedulerFactory | None = None
+    step_every_batch: bool = False
+    amp: torch.dtype | None = None
+    clip: float | None = None
+
+
+class Learner:
+    """A module with what updates it; one without parameters is never updated."""
+
+    def __init__(self, module: nn.Module, make: OptimizerFactory, recipe: Recipe) -> None:
+        self.module = module
+        self.trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self.optimizer = make(module) if self.trained else None
+        self.scheduler = recipe.scheduler(self.optimizer) if recipe.scheduler and self.optimizer else None
+        device = self.trained[0].device.type if self.trained else "cpu"
+        self.scaler = torch.amp.GradScaler(device, enabled=recipe.amp == torch.float16)
+        self.clip = recipe.clip
+        self.updates = 0
+
+    def update(self) -> None:
+        """One step of the optimizer with the gradients that are there, which are then dropped."""
+        if self.optimizer is None:
+            return
+        self.updates += 1
+        if self.clip is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.trained, self.clip)
+        if any(parameter.grad is not None for parameter in self.trained):
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.optimizer.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that has to be known to go on."""
+        parts = {"module": self.module, "optimizer": self.optimizer, "scheduler": self.scheduler}
+        return {name: part.state_dict() for name, part in parts.items() if part is not None} | {
+            "scaler": self.scaler.state_dict()
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self.module.load_state_dict(state["module"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.optimizer is not None:
+            self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+
+
+@dataclass
+class Passed:
+    """What a stage leaves for others.
+
+    Attributes:
+        handed: What the next stage takes, detached.
+        losses: One for each example, detached: the target of the critic before. ``[N]``
+    """
+
+    handed: list[Any]
+    losses: Tensor
+
+
+@dataclass
+class _Estimate:
+    """A batch whose critic waits for its target."""
+
+    losses: Tensor
+    features: Tensor
+    targets: Any
+    step: int
+    updates: int
+
+
+class Stage:
+    """One layer group with its critic: all that trains without waiting for what is behind it.
+
+    Attributes:
+        number: Of the group, from 0.
+        group: The layer group.
+        critic: Estimates the loss from what the group hands on; None for the last group, which has the loss.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        group: ProgramModule,
+        critic: nn.Module | None,
+        main: tuple[int, ...],
+        loss: PerSample,
+        seed: int = 0,
+    ) -> None:
+        self.number = number
+        self.group = group
+        self.critic = critic
+        self.seed = seed
+        self._main = main
+        self._loss = loss
+        self._amp: torch.dtype | None = None
+        self._waiting: deque[_Estimate] = deque()
+        self.learners: list[Learner] = []
+
+    def configure(self, recipe: Recipe) -> None:
+        """Make optimizers and schedules."""
+        self._amp = recipe.amp
+        make = recipe.critic_optimizer or recipe.optimizer
+        self.learners = [Learner(self.group, recipe.optimizer, recipe)]
+        if self.critic is not None:
+            self.learners.append(Learner(self.critic, make, recipe))
+
+    def forward(self, inputs: Sequence[Any], targets: Any, step: int = 0) -> Passed:
+        """Run a batch and leave the group's gradients in it; the critic's follow with `learn`.
+
+        Args:
+            inputs: What the stage before handed on, or the model's inputs in order; no gradient goes to them.
+            targets: Of the loss.
+            step: Number of the batch, which random numbers depend on.
+
+        Raises:
+            UserError: The loss is not one number for each example, or not finite.
+        """
+        inputs, targets = pytree.tree_map_only(Tensor, self._moved, (list(inputs), targets))
+        with self._random(step), self._autocast():
+            outputs = list(self.group.run_flat(inputs))
+        features = outputs[self._main[0 if self.group.training else -1]]
+        leaf = features if self.critic is None else features.detach().requires_grad_()
+        losses = self._losses(leaf, targets, step)
+        self._check(losses)
+        scale = self.learners[0].scaler.scale if self.learners else _same
+        if self.critic is None:
+            if losses.requires_grad:
+                scale(losses.mean()).backward()
+        else:
+            if features.requires_grad:
+                (gradient,) = torch.autograd.grad(scale(losses.mean()), leaf, retain_graph=True)
+                features.backward(gradient)
+            self._waiting.append(_Estimate(losses, leaf.detach(), targets, step, self._updates))
+        return Passed([_detached(value) for value in outputs], losses.detach())
+
+    def _losses(self, features: Tensor, targets: Any, step: int) -> Tensor:
+        """The loss of each example, by the critic where there is one."""
+        with self._random(step + CRITIC), self._autocast():
+            scores = features if self.critic is None else self.critic(features)
+        return checked(self._loss, scores, targets)
+
+    @property
+    def waiting(self) -> int:
+        """Batches whose critic waits for its target."""
+        return len(self._waiting)
+
+    @property
+    def oldest(self) -> int:
+        """Number of examples of the batch that waits longest."""
+        return self._waiting[0].losses.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the stage is."""
+        tensors = (*self.group.parameters(), *self.group.buffers())
+        return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+    @property
+    def _updates(self) -> int:
+        return self.learners[1].updates if self.learners else 0
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().to(self.device, non_blocking=True)
+
+    def learn(self, targets: Tensor) -> Tensor:
+        """Leave the critic's gradients in it: of the oldest batch that waits for its target.
+
+        Args:
+            targets: Losses of the next stage for the same examples. ``[N]``
+
+        Returns:
+            The mean over the examples of the difference between both.
+        """
+        batch = self._waiting.popleft()
+        losses = batch.losses
+        if batch.updates != self._updates:  # the critic has learned since, so that the old graph is of no use
+            losses = self._losses(batch.features, batch.targets, batch.step)
+        difference = (losses - targets.to(losses)).abs().mean()
+        if self.critic is not None and difference.requires_grad:
+            scale = self.learners[1].scaler.scale if self.learners else _same
+            trained = [parameter for parameter in self.critic.parameters() if parameter.requires_grad]
+            if trained:
+                scale(difference).backward(inputs=trained)
+        return difference.detach()
+
+    def scores(self, outputs: Sequence[Any]) -> Tensor:
+        """What this stage would answer, from what its group gives."""
+        features: Tensor = outputs[self._main[0 if self.group.training else -1]]
+        return features if self.critic is None else self.critic(features)
+
+    def train(self, mode: bool = True) -> None:
+        """Train or eval mode, of the group and the critic."""
+        self.group.train(mode)
+        if self.critic is not None:
+            self.critic.train(mode)
+
+    @contextmanager
+    def _random(self, step: int) -> Iterator[None]:
+        """Random numbers that depend on seed, step and stage alone, wherever the stage runs."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed((self.seed * 1_000_003 + step) * 1_003 + self.number)
+            yield
+
+    @contextmanager
+    def _autocast(self) -> Iterator[None]:
+        if self._amp is None:
+            yield
+            return
+        with torch.autocast(self.device.type, self._amp):
+            yield
+
+    def _check(self, losses: Tensor) -> None:
+        """Looking would wait for another device than the CPU, where the loop looks once an epoch."""
+        if losses.device.type == "cpu" and not bool(torch.isfinite(losses).all()):
+            raise diverged(self.number)
+
+
+def diverged(group: int) -> UserError:
+    """What is said of a group whose loss is not finite."""
+    return UserError(
+        f"group {group} diverged: its loss is not finite",
+        hint="lower its learning rate and that of its critic, or clip gradients",
+    )
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def _same(value: Tensor) -> Tensor:
+    return value
