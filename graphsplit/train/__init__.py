@@ -4,8 +4,8 @@ Miranda & Von Zuben, "Reducing the Training Time of Neural Networks by Partition
 """
 
 from graphsplit.train.history import Epoch, History
-from graphsplit.train.loop import Batches, evaluate, fit, misclassified
 from graphsplit.train.local import LocalEpoch, LocalLosses
+from graphsplit.train.loop import Batches, evaluate, fit, misclassified
 from graphsplit.train.schedule import PartitionSchedule, Trained
 from graphsplit.train.stage import Recipe
 

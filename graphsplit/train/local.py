@@ -113,7 +113,7 @@ class InTurn:
     def train(self, values: Sequence[Any], targets: Any, step: int, *, update: bool = True) -> Tensor:
         """Train on a batch."""
         home = self.mine[-1].device
-        found = torch.zeros(2, len(self.mine), device=home)
+        found = torch.zeros(2, len(self.mine), dtype=torch.float64, device=home)
         for stage in self.mine:
             passed = stage.forward(values, targets, step)
             found[0, stage.number] = passed.losses.mean().to(home)
@@ -129,7 +129,7 @@ class InTurn:
 
     def finish(self) -> Tensor:
         """Nothing is open."""
-        return torch.zeros(2, len(self.mine))
+        return torch.zeros(2, len(self.mine), dtype=torch.float64)
 
     def evaluate(self, values: Sequence[Any]) -> list[tuple[int, Tensor]]:
         """Scores of every sub-model."""
@@ -239,10 +239,10 @@ class LocalTraining:
         start = time.perf_counter()
         for batch in data:
             inputs, targets, size = read_batch(torch.device("cpu"), batch)
-            sums += runner.train(self._flatten(inputs), targets, self.steps).double().cpu()
+            sums += runner.train(self._flatten(inputs), targets, self.steps).cpu()
             examples, batches, self.steps = examples + size, batches + 1, self.steps + 1
             self._schedule(runner, every_batch=True)
-        sums += runner.finish().double().cpu()
+        sums += runner.finish()
         if not examples:
             raise UserError(
                 "the data gave no batch in this epoch",

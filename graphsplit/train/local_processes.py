@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from graphsplit.errors import UserError
+from graphsplit.errors import UserError, first_line
 from graphsplit.train.processes import cpu_group
 from graphsplit.train.stage import Stage
 
@@ -45,7 +45,7 @@ class Chain:
     def train(self, values: Sequence[Any], targets: Any, step: int) -> Tensor:
         """Train on a batch; values are those of the model's inputs, which the first stage takes."""
         stage = self._stage
-        found = torch.zeros(2, self._size)
+        found = torch.zeros(2, self._size, dtype=torch.float64)
         with self._naming():
             passed = stage.forward(values if self._is_first else self._receive(), targets, step)
             found[0, stage.number] = passed.losses.mean()
@@ -53,7 +53,7 @@ class Chain:
                 self._send(passed.losses.float(), stage.number - 1)
                 self._bytes[1] += passed.losses.numel() * 4
             if not self._is_last:
-                self._hand_on(passed.handed)
+                self._bytes[0] += self._hand_on(passed.handed)
             stage.learners[0].update()
             while stage.waiting >= self._queue:
                 found[1, stage.number] += self._learn()
@@ -61,7 +61,7 @@ class Chain:
 
     def finish(self) -> Tensor:
         """Wait for the targets of the batches that are still open."""
-        found = torch.zeros(2, self._size)
+        found = torch.zeros(2, self._size, dtype=torch.float64)
         with self._naming():
             while self._stage.waiting:
                 found[1, self._stage.number] += self._learn()
@@ -86,7 +86,7 @@ class Chain:
         return sums
 
     def traffic(self) -> tuple[int, int]:
-        """Bytes down and up between all processes since the last time."""
+        """Bytes down and up between all processes, in training, since the last time."""
         down, up = self.total(torch.tensor(self._bytes, dtype=torch.float64)).tolist()
         self._bytes = [0, 0]
         return int(down), int(up)
@@ -125,13 +125,13 @@ class Chain:
         self._stage.learners[1].update()
         return float(difference)
 
-    def _hand_on(self, values: Sequence[Tensor]) -> None:
-        """Send tensors to the next stage: their sizes, then all their bytes as one message."""
+    def _hand_on(self, values: Sequence[Tensor]) -> int:
+        """Send tensors to the next stage: their sizes, then their bytes as one message; returns how many."""
         sizes = torch.tensor([size for value in values for size in value.shape], dtype=torch.int64)
         content = torch.cat([value.contiguous().view(-1).view(torch.uint8) for value in values])
         self._send(sizes.to(content.device), self._stage.number + 1)
         self._send(content, self._stage.number + 1)
-        self._bytes[0] += content.numel() + sizes.numel() * 8
+        return content.numel() + sizes.numel() * 8
 
     def _receive(self) -> list[Tensor]:
         """Tensors from the stage before."""
@@ -173,6 +173,6 @@ class Chain:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             raise UserError(
-                f"group {self._stage.number} lost another process: {str(error).splitlines()[0]}",
+                f"group {self._stage.number} lost another process: {first_line(error)}",
                 hint="see the output of the others; start again with checkpoint= to go on where it stopped",
             ) from error

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from graphsplit.errors import UserError
+from graphsplit.errors import UserError, first_line
 
 # Those that have nothing left to train wait for those that have.
 PATIENCE = timedelta(days=30)
@@ -22,17 +22,24 @@ def process_group() -> Iterator[tuple[int, int]]:
     """Rank and number of processes; a gloo group is made, and taken down, where there is none.
 
     Raises:
-        UserError: This process was not started by torchrun.
+        UserError: This process was not started by torchrun, or the processes cannot meet.
     """
     if dist.is_initialized():
         yield dist.get_rank(), dist.get_world_size()
         return
     if not dist.is_torchelastic_launched() and "MASTER_ADDR" not in os.environ:
         raise UserError(
-            "mode='parallel' needs several processes",
-            hint="start the script with torchrun --nproc-per-node=K script.py, or use mode='in_turn'",
+            "training in parallel needs several processes",
+            hint="start the script with torchrun --nproc-per-node=K script.py, or train in turn",
         )
-    dist.init_process_group("gloo", timeout=PATIENCE)
+    try:
+        dist.init_process_group("gloo", timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise UserError(
+            f"the processes cannot meet at {where}: {first_line(error)}",
+            hint="is the port in use? torchrun --standalone, or another --master-port, helps",
+        ) from error
     try:
         yield dist.get_rank(), dist.get_world_size()
     finally:

@@ -12,6 +12,7 @@ No gradient crosses a cut: what is handed on is detached, and one number for eac
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -101,7 +102,7 @@ class Learner:
         self.module.load_state_dict(state["module"])
         self.scaler.load_state_dict(state["scaler"])
         if self.optimizer is not None:
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # which would share tensors
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
 
