@@ -317,3 +317,22 @@ def test_same_cuts_every_time() -> None:
     first, second = (gs.layer_groups(model, inputs, n=3) for _ in range(2))
     assert first.plan == second.plan
     assert [str(program) for program in first.programs] == [str(program) for program in second.programs]
+
+
+def test_a_size_that_nothing_else_has_is_carried_across_every_cut() -> None:
+    """The batch is lost in between: the tensor that has it crosses the first cut for the second one's sake."""
+
+    class Sums(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            total = self.a(x).sum(0)
+            total = self.c(torch.relu(self.b(total)))
+            return total.expand(x.shape[0], 6) + torch.arange(x.shape[0])[:, None]
+
+    model, x = Sums(), torch.randn(5, 6)
+    groups = gs.layer_groups(model, torch.randn(3, 6), n=3, balance="params")
+    assert groups.verify().ok and [len(frontier) for frontier in groups.frontiers] == [2, 2]
+    assert torch.equal(groups.recompose()(x), model(x))

@@ -98,7 +98,7 @@ def test_the_numbers_are_those_of_one_process(tmp_path: Path) -> None:
     expected = local()
     records = expected.fit(data(), 3, test=tested())
     for process in processes:
-        text, _ = process.communicate(timeout=240)
+        text, _ = process.communicate(timeout=600)
         assert process.returncode == 0, text
     for rank in range(3):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
@@ -112,10 +112,10 @@ def test_the_numbers_are_those_of_one_process(tmp_path: Path) -> None:
 
 def test_a_lost_process_ends_the_others(tmp_path: Path) -> None:
     processes = launch(tmp_path, "dies")
-    processes[1].communicate(timeout=240)
+    processes[1].communicate(timeout=600)
     assert processes[1].returncode == 3
     start = time.monotonic()
-    texts = [processes[rank].communicate(timeout=60)[0] for rank in (0, 2)]
+    texts = [processes[rank].communicate(timeout=120)[0] for rank in (0, 2)]
     assert time.monotonic() - start < 30
     for rank, text in zip((0, 2), texts, strict=True):
         assert processes[rank].returncode == 4, text

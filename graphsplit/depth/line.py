@@ -52,6 +52,7 @@ class Line:
             place = self.end if node.op == "output" else self.position.get(node)
             if place is not None:
                 self._use(node, place)
+        self._carry_sizes()
 
     def is_free(self, node: fx.Node) -> bool:
         """True for a node that every group computes for itself."""
@@ -99,20 +100,21 @@ class Line:
         live = [node for node in self.last_use if self.position[node] < 0]
         for place in range(self.end + 1):
             live = [node for node in live if self.last_use[node] >= place]
-            found.append(sorted(live + self._sizing(place, live), key=self.position.__getitem__))
+            found.append(live.copy())
             if place < self.end and self.placed[place] in self.last_use:
                 live.append(self.placed[place])
         return found
 
-    def _sizing(self, place: int, live: list[fx.Node]) -> list[fx.Node]:
-        """Tensors that cross because nothing else that does has their size."""
-        known = {dim.symbol for node in live for dim in _dims(node)}
-        needed: list[fx.Node] = []
+    def _carry_sizes(self) -> None:
+        """Let a tensor live on where a size is needed that nothing else which crosses has."""
         for symbol, (last, tensor) in self._sizes.items():
-            if last >= place and symbol not in known and self.position[tensor] < place:
-                needed.append(tensor)
-                known |= {dim.symbol for dim in _dims(tensor)}
-        return needed
+            alive = [False] * (self.end + 1)
+            for node, end in self.last_use.items():
+                if any(dim.symbol == symbol for dim in _dims(node)):
+                    start = self.position[node] + 1
+                    alive[start : end + 1] = [True] * (end + 1 - start)
+            if not all(alive[self.position[tensor] + 1 : last + 1]):
+                self.last_use[tensor] = max(self.last_use.get(tensor, last), last)
 
     def is_whole(self, place: int) -> bool:
         """True where only tensors would cross, and one at least."""
