@@ -4,6 +4,7 @@ from graphsplit import data, errors, train
 from graphsplit._api import Partition, draw, export_onnx, load, partition, save
 from graphsplit._layer_groups import LayerGroups, layer_groups
 from graphsplit._local_critics import LocalCritics, local_critics
+from graphsplit._synthetic_halves import SyntheticHalves, synthetic_halves
 from graphsplit.emission import ProgramModule, emit
 from graphsplit.loading import load_model
 from graphsplit.plan import PartitionPlan
@@ -21,6 +22,7 @@ __all__ = [
     "PartitionPlan",
     "Program",
     "ProgramModule",
+    "SyntheticHalves",
     "data",
     "draw",
     "emit",
@@ -32,6 +34,7 @@ __all__ = [
     "local_critics",
     "partition",
     "save",
+    "synthetic_halves",
     "trace",
     "train",
 ]

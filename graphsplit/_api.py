@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from graphsplit import bundle
+from graphsplit._layer_groups import LayerGroups
+from graphsplit._local_critics import LocalCritics
 from graphsplit.analysis import Analysis, analyse
 from graphsplit.analysis.analysis import check_k
 from graphsplit.analysis.dealing import Prescribed, Strategy, check_shares, dealer_of
-from graphsplit.bundle import PartitionBundle
+from graphsplit.bundle import DepthBundle, PartitionBundle
 from graphsplit.drawing import draw as figure_of
 from graphsplit.drawing import snippet
 from graphsplit.emission import ProgramModule, emit
@@ -360,11 +362,14 @@ def _difference(wanted: PartitionPlan, found: PartitionPlan) -> str:
     return "state tensors or axes differ"
 
 
-def save(obj: Partition | PartitionBundle | Program | ProgramModule, path: str | Path) -> None:
+Object = Partition | LayerGroups | LocalCritics | Program | ProgramModule
+
+
+def save(obj: Object | PartitionBundle | DepthBundle, path: str | Path) -> None:
     """Write a bundle, all of it or nothing; an older bundle in its place is replaced.
 
     Args:
-        obj: A partition (with the sub-models as they are now, trained or not), a program or a module.
+        obj: A partition, layer groups or local critics as they are now, trained or not; a program; a module.
         path: The folder.
 
     Raises:
@@ -372,11 +377,13 @@ def save(obj: Partition | PartitionBundle | Program | ProgramModule, path: str |
     """
     if isinstance(obj, Partition):
         obj = PartitionBundle(bundle.without_weights(obj.program), obj.plan, obj.current_programs())
+    elif isinstance(obj, (LayerGroups, LocalCritics)):
+        obj = obj.to_bundle()
     bundle.save(obj, path)
 
 
-def load(path: str | Path) -> Partition | Program | ProgramModule:
-    """Read what `save` or ``graphsplit partition`` wrote; no code of the bundle is run.
+def load(path: str | Path) -> Object:
+    """Read what `save` or the command line wrote; no code of the bundle is run.
 
     The full model's own weights are no part of a partition's bundle: the plain merge of the sub-models stands
     in for them.
@@ -385,6 +392,8 @@ def load(path: str | Path) -> Partition | Program | ProgramModule:
         BundleError: The bundle is damaged, truncated, foreign or newer; one sentence says which file and why.
     """
     found = bundle.load(path)
+    if isinstance(found, DepthBundle):
+        return LocalCritics.from_bundle(found) if found.critics else LayerGroups.from_bundle(found)
     if not isinstance(found, PartitionBundle):
         return found
     divided = partition(found.source, plan=found.plan)

@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 
 from graphsplit import costs
-from graphsplit.bundle import program_of
+from graphsplit.bundle import DepthBundle, program_of, without_weights
 from graphsplit.depth.certificate import certify_groups
-from graphsplit.depth.cuts import Cuts, Tied
+from graphsplit.depth.cuts import Cuts, Tied, cut_by_plan
 from graphsplit.depth.plan import Crossing, DepthPlan, GroupPlan, Measure
 from graphsplit.emission import ProgramModule, emit
 from graphsplit.errors import PlanError
@@ -42,6 +42,21 @@ class LayerGroups:
     def n(self) -> int:
         """Number of groups."""
         return self.cuts.n
+
+    def to_bundle(self) -> DepthBundle:
+        """The groups as they are now, to be saved; they have all of the model's weights."""
+        return DepthBundle(without_weights(self.program), self.plan, self.current_programs())
+
+    @classmethod
+    def from_bundle(cls, found: DepthBundle) -> LayerGroups:
+        """The groups that a bundle holds."""
+        whole = join(found.groups, found.source)
+        named = {name: entry.tensor for name, entry in whole.state.items() if name in found.source.state}
+        groups = cls(
+            cut_by_plan(found.source.with_state(named), found.plan), found.plan.measure, found.plan.tied
+        )
+        groups.__dict__["programs"] = found.groups
+        return groups
 
     @cached_property
     def programs(self) -> tuple[Program, ...]:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from graphsplit import costs
 from graphsplit._layer_groups import LayerGroups, layer_groups
-from graphsplit.bundle import program_of
+from graphsplit.bundle import DepthBundle, program_of
+from graphsplit.depth.anytime import Anytime
 from graphsplit.depth.critics import CriticFactory, Form, build_critic, main_tensor
 from graphsplit.depth.cuts import Tied
 from graphsplit.depth.plan import Measure
@@ -25,7 +26,7 @@ from graphsplit.signature import Outputs, as_call
 from graphsplit.tracing import trace
 from graphsplit.train.local import LocalEpoch, LocalLosses, LocalTraining
 from graphsplit.train.loop import Batches, Metric
-from graphsplit.train.losses import Named, PerSample, per_sample
+from graphsplit.train.losses import NAMED, Named, PerSample, per_sample
 from graphsplit.train.stage import Recipe, Stage
 
 
@@ -185,6 +186,38 @@ class LocalCritics:
         """Loss, and error where one is given, of every sub-model, in eval mode; one pass over the data."""
         return self.training.evaluate(data, error)
 
+    def anytime(self) -> Anytime:
+        """A module that answers within a budget of FLOPs, or once it is sure, with the present values.
+
+        ``local.anytime()(x, confidence=0.9)``; see `Anytime.predict` for who left where.
+        """
+        complexity = self.complexity()
+        return Anytime(
+            groups=[emit(program) for program in self.groups.current_programs()],
+            critics=[emit(self.critic_program(number)) for number in range(self.n)],
+            mains=[*(main_tensor(frontier) for frontier in self.groups.frontiers), self._output[-1]],
+            flops=[item.flops for item in complexity],
+            critic_flops=[item.critic_flops for item in complexity[:-1]],
+            whole=self.groups.program,
+        )
+
+    def to_bundle(self) -> DepthBundle:
+        """Groups and critics as they are now, to be saved; states of optimizers are not, see `state_dict`."""
+        loss = next((name for name, function in NAMED.items() if function is self.loss), None)
+        return replace(
+            self.groups.to_bundle(),
+            critics=tuple(self.critic_program(number) for number in range(self.n)),
+            options={"loss": loss, "output": list(self._output), "seed": self._seed},
+        )
+
+    @classmethod
+    def from_bundle(cls, found: DepthBundle) -> LocalCritics:
+        """What a bundle holds; a loss of the user's own has to be set again."""
+        options = found.options
+        critics = [emit(program) for program in found.critics]
+        loss = _unknown_loss if options["loss"] is None else per_sample(options["loss"])
+        return cls(LayerGroups.from_bundle(found), critics, loss, options["output"], options["seed"])
+
     def submodel_program(self, i: int) -> Program:
         """Sub-model ``i`` as a program, with the values that it has now."""
         if not 0 <= i <= self.n:
@@ -247,6 +280,13 @@ class LocalCritics:
     def __repr__(self) -> str:
         counts = ", ".join(f"{item.parameters:,}" for item in self.complexity())
         return f"LocalCritics of {self.groups.program.name}: sub-models of {counts} parameters"
+
+
+def _unknown_loss(outputs: Tensor, targets: Any) -> Tensor:
+    raise UserError(
+        "the loss was a function of one's own, which a bundle does not hold",
+        hint="set it with local_critics(groups, loss=...), where groups are those of the bundle",
+    )
 
 
 def local_critics(

@@ -1,10 +1,10 @@
-"""`save` and `load`: programs, modules and partitions as a folder of JSON and safetensors.
+"""`save` and `load`: programs, modules, partitions and layer groups as a folder of JSON and safetensors.
 
 Layout::
 
     manifest.json            format, tools, what is where, certificate, size and sha256 of every file
-    plan.json                the partition plan
-    source.graph.json        a program without its tensors (also program.*, submodel_0.*, merged.*)
+    plan.json                the partition plan, or the depth plan
+    source.graph.json        a program without its tensors (also program.*, submodel_0.*, group_0.*, merged.*)
     source.safetensors       its tensors by name; none where all are on the meta device
     anything.onnx            further files, as they were given
 
@@ -23,17 +23,18 @@ import platform
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from graphsplit.depth.plan import DepthPlan
 from graphsplit.emission import ProgramModule, emit
 from graphsplit.errors import BundleError, PlanError
 from graphsplit.plan import PartitionPlan
@@ -44,7 +45,9 @@ FORMAT = "graphsplit-bundle"
 VERSION = 1
 MANIFEST = "manifest.json"
 
-Kind = Literal["program", "module", "partition"]
+Kind = Literal["program", "module", "partition", "layer-groups"]
+
+Plan = TypeVar("Plan", PartitionPlan, DepthPlan)
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}", re.ASCII)
 _DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
@@ -73,7 +76,33 @@ class PartitionBundle:
     files: Mapping[str, bytes | Path] = field(default_factory=dict)
 
 
-def save(obj: Program | ProgramModule | PartitionBundle, path: str | Path, *, overwrite: bool = True) -> None:
+@dataclass(frozen=True)
+class DepthBundle:
+    """All that belongs to layer groups.
+
+    Attributes:
+        source: The full model, as it was cut. `without_weights` leaves its tensors out.
+        plan: Where it is cut.
+        groups: The groups in order.
+        critics: Local critics, one for each cut; or none.
+        options: Plain JSON data beside them: what the critics were made for.
+        certificate: Numbers that prove the rewrite, as plain JSON data.
+        files: Further files by name (ONNX): their content, or where it is. After `load`: where they are.
+    """
+
+    source: Program
+    plan: DepthPlan
+    groups: tuple[Program, ...]
+    critics: tuple[Program, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    certificate: dict[str, Any] | None = None
+    files: Mapping[str, bytes | Path] = field(default_factory=dict)
+
+
+Saved = Program | ProgramModule | PartitionBundle | DepthBundle
+
+
+def save(obj: Saved, path: str | Path, *, overwrite: bool = True) -> None:
     """Write a bundle, all of it or nothing.
 
     Args:
@@ -95,9 +124,7 @@ def save(obj: Program | ProgramModule | PartitionBundle, path: str | Path, *, ov
         raise BundleError(f"the bundle {path} cannot be written: {reason}") from error
 
 
-def load(
-    path: str | Path, *, device: str | torch.device = "cpu"
-) -> Program | ProgramModule | PartitionBundle:
+def load(path: str | Path, *, device: str | torch.device = "cpu") -> Saved:
     """Read a bundle.
 
     Args:
@@ -162,10 +189,12 @@ class _Content:
         return {"graph": graph, "weights": weights}
 
 
-def _content(obj: Program | ProgramModule | PartitionBundle) -> _Content:
+def _content(obj: Saved) -> _Content:
     """Everything that is to be written, so that what cannot be is refused before the disk is touched."""
     if isinstance(obj, PartitionBundle):
         return _partition_content(obj)
+    if isinstance(obj, DepthBundle):
+        return _depth_content(obj)
     if isinstance(obj, ProgramModule):
         content = _Content("module", obj.program_name, {"training": obj.training})
         content.index["program"] = content.add("program", program_of(obj))
@@ -176,7 +205,7 @@ def _content(obj: Program | ProgramModule | PartitionBundle) -> _Content:
         return content
     raise BundleError(
         f"a {type(obj).__name__} cannot be saved as a bundle",
-        hint="give a program, a module that graphsplit made, or a partition",
+        hint="give a program, a module that graphsplit made, a partition or layer groups",
     )
 
 
@@ -190,10 +219,36 @@ def _partition_content(obj: PartitionBundle) -> _Content:
         content.add(f"submodel_{number}", program) for number, program in enumerate(obj.submodels)
     ]
     content.index["merged"] = None if obj.merged is None else content.add("merged", obj.merged)
-    content.index["certificate"] = encode(obj.certificate, "the certificate")
-    content.index["extra"] = sorted(obj.files)
+    _add_rest(content, obj.certificate, obj.files)
+    return content
+
+
+def _depth_content(obj: DepthBundle) -> _Content:
+    if len(obj.groups) != obj.plan.n:
+        raise BundleError(f"{len(obj.groups)} groups for a plan of {obj.plan.n}")
+    if len(obj.critics) not in (0, obj.plan.n - 1):
+        raise BundleError(f"{len(obj.critics)} critics for {obj.plan.n - 1} cuts")
+    content = _Content("layer-groups", obj.source.name, {"plan": "plan.json"})
+    content.texts["plan.json"] = obj.plan.to_json()
+    content.index["source"] = content.add("source", obj.source)
+    content.index["groups"] = [
+        content.add(f"group_{number}", program) for number, program in enumerate(obj.groups)
+    ]
+    content.index["critics"] = [
+        content.add(f"critic_{number}", program) for number, program in enumerate(obj.critics)
+    ]
+    content.index["options"] = encode(obj.options, "the options")
+    _add_rest(content, obj.certificate, obj.files)
+    return content
+
+
+def _add_rest(
+    content: _Content, certificate: dict[str, Any] | None, files: Mapping[str, bytes | Path]
+) -> None:
+    content.index["certificate"] = encode(certificate, "the certificate")
+    content.index["extra"] = sorted(files)
     taken = {name.casefold() for name in (MANIFEST, *content.texts, *content.tensors)}
-    for name, source in sorted(obj.files.items()):
+    for name, source in sorted(files.items()):
         if not _FILE_NAME.fullmatch(name) or name.casefold() in taken:
             raise BundleError(
                 f"a file of a bundle cannot be called {name!r}",
@@ -201,7 +256,6 @@ def _partition_content(obj: PartitionBundle) -> _Content:
             )
         taken.add(name.casefold())
         content.files[name] = source
-    return content
 
 
 def program_of(module: ProgramModule) -> Program:
@@ -505,10 +559,12 @@ class _Reader:
     manifest: dict[str, Any]
     device: torch.device
 
-    def content(self) -> Program | ProgramModule | PartitionBundle:
+    def content(self) -> Saved:
         kind = self.manifest["kind"]
         if kind == "partition":
             return self._partition()
+        if kind == "layer-groups":
+            return self._layer_groups()
         if kind not in ("program", "module"):
             raise BundleError(f"{self.folder / MANIFEST} is of the kind {kind!r}, which is not known")
         program = self._program(self.manifest["program"])
@@ -516,16 +572,38 @@ class _Reader:
             return program
         return emit(program, copy=False).train(self.manifest["training"] is True)
 
+    def _plan(self, read: Callable[[str], Plan]) -> Plan:
+        path = self._path(self.manifest["plan"])
+        try:
+            return read(path.read_text("utf-8"))
+        except PlanError as error:
+            raise BundleError(f"{path}: {error.message}", hint=error.hint) from error
+
+    def _layer_groups(self) -> DepthBundle:
+        manifest = self.manifest
+        plan = self._plan(DepthPlan.from_json)
+        if len(manifest["groups"]) != plan.n:
+            raise BundleError(
+                f"{self._path(manifest['plan'])} is for {plan.n} groups, "
+                f"the bundle has {len(manifest['groups'])}"
+            )
+        return DepthBundle(
+            source=self._program(manifest["source"]),
+            plan=plan,
+            groups=tuple(map(self._program, manifest["groups"])),
+            critics=tuple(map(self._program, manifest["critics"])),
+            options=decode(manifest["options"]),
+            certificate=decode(manifest["certificate"]),
+            files={name: self._path(name).absolute() for name in manifest["extra"]},
+        )
+
     def _partition(self) -> PartitionBundle:
         manifest = self.manifest
-        plan = self._path(manifest["plan"])
-        try:
-            parsed = PartitionPlan.from_json(plan.read_text("utf-8"))
-        except PlanError as error:
-            raise BundleError(f"{plan}: {error.message}", hint=error.hint) from error
+        parsed = self._plan(PartitionPlan.from_json)
         if len(manifest["submodels"]) != parsed.k:
             raise BundleError(
-                f"{plan} is for {parsed.k} sub-models, the bundle has {len(manifest['submodels'])}"
+                f"{self._path(manifest['plan'])} is for {parsed.k} sub-models, "
+                f"the bundle has {len(manifest['submodels'])}"
             )
         return PartitionBundle(
             source=self._program(manifest["source"]),

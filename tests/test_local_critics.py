@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import graphsplit as gs
 from graphsplit.depth.critics import main_tensor
-from graphsplit.errors import PartitionError, UserError
+from graphsplit.errors import InputError, PartitionError, UserError
 from graphsplit.program import Dim, TensorMeta
 from graphsplit.train import Recipe
 from graphsplit.train.local import Watch
@@ -228,6 +228,75 @@ def test_published_sizes_of_the_character_lstm() -> None:
     assert [item.critic_parameters for item in layers] == [30_050] * 3 + [0]
     assert layers[0].critic_flops == 2 * 6 * 600 * 50
     assert layers[0].flops == 2 * 6 * (4 * 600 * (128 + 600) + 600 * 50)
+
+
+# Anytime
+
+
+def test_within_a_budget_the_largest_sub_model_answers() -> None:
+    local = critics()
+    local.fit(loader(), 2)
+    flops = [item.flops for item in local.complexity()]
+    anytime = local.anytime()
+    x, _ = batch()
+    for number, budget in enumerate((flops[0], flops[1], None)):
+        found = anytime.predict(x, budget=budget)
+        assert torch.equal(found.scores, local.submodel(number).eval()(x))
+        assert found.exits.tolist() == [number] * 8
+    # Critics that are not asked cost nothing.
+    assert found.flops.tolist() == [flops[2]] * 8
+    with pytest.raises(InputError, match="no sub-model answers within 3 FLOPs"):
+        anytime(x, budget=3)
+    assert local.groups.modules[0].training
+
+
+def test_each_example_leaves_where_it_is_sure() -> None:
+    local = critics()
+    local.configure(Recipe(lambda module: torch.optim.Adam(module.parameters(), lr=0.05)))
+    local.fit(loader(), 20)
+    x, _ = batch(32)
+    submodels = [local.submodel(number).eval()(x) for number in range(3)]
+    sure = [scores.softmax(1).amax(1) for scores in submodels]
+    level = float(torch.quantile(sure[0].detach(), 0.6))
+    found = local.anytime().predict(x, confidence=level)
+    expected = torch.where(sure[0] >= level, 0, torch.where(sure[1] >= level, 1, 2))
+    assert torch.equal(found.exits, expected) and len(set(expected.tolist())) >= 2
+    for number, scores in enumerate(submodels):
+        assert torch.allclose(found.scores[expected == number], scores[expected == number], atol=1e-12)
+    all_of_it = local.complexity()[2].flops + sum(item.critic_flops for item in local.complexity())
+    assert found.flops[expected == 2].tolist() == [all_of_it] * int((expected == 2).sum())
+    assert local.anytime().predict(x, confidence=0.0).exits.tolist() == [0] * 32
+    with pytest.raises(InputError, match=r"a confidence of 1\.5"):
+        local.anytime()(x, confidence=1.5)
+    with pytest.raises(InputError, match="does not train"):
+        local.anytime().train()
+
+
+# Bundles
+
+
+def test_a_bundle_holds_groups_and_critics(tmp_path: Path) -> None:
+    local = critics()
+    local.fit(loader(), 2)
+    gs.save(local, tmp_path / "critics")
+    found = gs.load(tmp_path / "critics")
+    assert isinstance(found, gs.LocalCritics) and found.groups.plan == local.groups.plan
+    x, y = batch()
+    for number in range(3):
+        assert torch.equal(found.submodel(number).eval()(x), local.submodel(number).eval()(x))
+    assert found.step(x, y).loss > 0 and found.groups.verify().ok
+    gs.save(local.groups, tmp_path / "groups")
+    groups = gs.load(tmp_path / "groups")
+    assert isinstance(groups, gs.LayerGroups)
+    assert torch.equal(groups.recompose().eval()(x), local.groups.recompose().eval()(x))
+
+
+def test_a_loss_of_ones_own_is_no_part_of_a_bundle(tmp_path: Path) -> None:
+    gs.save(critics(loss=lambda outputs, y: F.cross_entropy(outputs, y, reduction="none")), tmp_path / "own")
+    found = gs.load(tmp_path / "own")
+    assert isinstance(found, gs.LocalCritics)
+    with pytest.raises(UserError, match="a function of one's own"):
+        found.step(*batch())
 
 
 # Losses

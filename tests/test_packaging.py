@@ -20,6 +20,7 @@ PUBLIC_FACE = {
     Path("graphsplit/_api.py"),
     Path("graphsplit/_layer_groups.py"),
     Path("graphsplit/_local_critics.py"),
+    Path("graphsplit/_synthetic_halves.py"),
 }
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, fx
 from graphsplit import costs
 from graphsplit.depth.balance import Balance, balance
 from graphsplit.depth.line import Line, Span
-from graphsplit.depth.plan import Measure
-from graphsplit.errors import PartitionError
+from graphsplit.depth.plan import DepthPlan, Measure
+from graphsplit.errors import PartitionError, PlanError
 from graphsplit.memory import STATES
 from graphsplit.program import Program, TensorMeta, source_of
 
@@ -175,6 +175,26 @@ def cut_evenly(
     if found is None:
         raise _too_few(program, n, allowed, places, within, max_crossing)
     return _cuts(program, lines, allowed, found)
+
+
+def cut_by_plan(program: Program, plan: DepthPlan) -> Cuts:
+    """The cuts that a plan has, on the program for which it was made.
+
+    Raises:
+        PlanError: The plan belongs to another program.
+    """
+    lines = _lines(program)
+    ends = []
+    for number, line in enumerate(lines):
+        places = {node.name: place for place, node in enumerate(line.placed)}
+        try:
+            starts = [places[group.starts[number]] for group in plan.groups]
+        except (KeyError, IndexError):
+            raise PlanError("the plan does not belong to this model") from None
+        if starts != sorted(set(starts)) or starts[0] != 0:
+            raise PlanError("the plan's groups are not in order")
+        ends.append((*starts[1:], line.end))
+    return Cuts(program, lines, tuple(ends), tuple(group.cost for group in plan.groups), plan.bound)
 
 
 def _too_few(

@@ -8,11 +8,13 @@ from graphsplit.train.local import LocalEpoch, LocalLosses
 from graphsplit.train.loop import Batches, evaluate, fit, misclassified
 from graphsplit.train.schedule import PartitionSchedule, Trained
 from graphsplit.train.stage import Recipe
+from graphsplit.train.synthetic import Labels
 
 __all__ = [
     "Batches",
     "Epoch",
     "History",
+    "Labels",
     "LocalEpoch",
     "LocalLosses",
     "PartitionSchedule",
