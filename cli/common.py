@@ -16,7 +16,7 @@ import typer
 from torch import Tensor
 
 from graphsplit._api import Partition, partition
-from graphsplit.bundle import MANIFEST, PartitionBundle, load
+from graphsplit.bundle import MANIFEST, DepthBundle, PartitionBundle, Saved, load
 from graphsplit.cli.console import Progress
 from graphsplit.errors import BundleError, PartitionError
 from graphsplit.loading import load_model
@@ -89,6 +89,9 @@ Inputs = Annotated[
 Outputs = Annotated[
     list[str] | None,
     typer.Option("--keep-output", metavar="NAME", help="Keep only this output of the model. Repeatable."),
+]
+Out = Annotated[
+    Path, typer.Option("-o", "--out", metavar="FOLDER", help="The bundle to write.", show_default=False)
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace what an earlier run wrote.")]
 Json = Annotated[
@@ -186,29 +189,42 @@ def open_either(asked: Asked, progress: Progress) -> Opened:
     """The division of a bundle, or of a model."""
     if not asked.is_bundle:
         return open_model(asked, progress)
-    bundle = read_bundle(asked.target, progress)
+    return open_partition(asked, read_any(asked, progress), progress)
+
+
+def read_any(asked: Asked, progress: Progress) -> Saved:
+    """What a bundle holds; options that are for models are refused."""
+    if asked.entry or asked.inputs or asked.outputs:
+        raise typer.BadParameter(
+            "--entry, --input and --keep-output are for models; a bundle is traced already"
+        )
+    with progress.step("read"):
+        return load(asked.target)
+
+
+def open_partition(asked: Asked, bundle: Saved, progress: Progress) -> Opened:
+    """The division that a bundle holds."""
+    bundle = _as_partition(asked.target, bundle)
     if asked.k not in (None, bundle.plan.k):
         raise PartitionError(
             f"{asked.target} is for K = {bundle.plan.k}",
             hint=f"leave out -k, or partition the model for {asked.k}",
-        )
-    if asked.entry or asked.inputs or asked.outputs:
-        raise typer.BadParameter(
-            "--entry, --input and --keep-output are for models; a bundle is traced already"
         )
     return open_bundle(bundle, asked.target, progress)
 
 
 def read_bundle(path: str, progress: Progress) -> PartitionBundle:
     """A bundle that holds a partition."""
-    with progress.step("read"):
-        bundle = load(path)
-    if not isinstance(bundle, PartitionBundle):
-        raise BundleError(
-            f"{path} holds one program and no partition",
-            hint="give a folder that `graphsplit partition` wrote",
-        )
-    return bundle
+    return _as_partition(path, read_any(Asked(path), progress))
+
+
+def _as_partition(path: str, bundle: Saved) -> PartitionBundle:
+    if isinstance(bundle, PartitionBundle):
+        return bundle
+    what = "layer groups" if isinstance(bundle, DepthBundle) else "one program"
+    raise BundleError(
+        f"{path} holds {what} and no partition", hint="give a folder that `graphsplit partition` wrote"
+    )
 
 
 def open_bundle(bundle: PartitionBundle, path: str, progress: Progress) -> Opened:

@@ -178,6 +178,40 @@ def certificate(data: Mapping[str, Any] | None) -> None:
     _section(f"Certificate: {verdict}", table)
 
 
+def depth(report: Mapping[str, Any], origin: str) -> None:
+    """Layer groups, what crosses the cuts, and what each prefix takes."""
+    full = f"{report['parameters']:,} parameters"
+    heading = f" from {origin}, {full}, into {report['n']} layer groups"
+    _print(Text.assemble((report["model"], "bold"), heading), wrap=False)
+    table = _table("", ("parameters", "right"), ("FLOPs", "right"), "starts at", "hands on")
+    for number, group in enumerate(report["groups"]):
+        crossing = "\n".join(f"{item['dtype']}{list(item['shape'])}" for item in group["crossing"])
+        starts = group["source"].partition(",")[0]
+        table.add_row(f"group {number}", f"{group['parameters']:,}", f"{group['flops']:,}", starts, crossing)
+    _section("Layer groups", table)
+    dearest = max(group["cost"] for group in report["groups"])
+    line = f"the dearest group has {dearest:,.6g} {report['unit']}, no cuts could give less than "
+    _section("Balance", Text(f"{line}{report['bound']:,.6g}"))
+    if "submodels" in report:
+        table = _table("", ("parameters", "right"), ("its critic", "right"), ("FLOPs of an example", "right"))
+        for number, row in enumerate(report["submodels"]):
+            name = f"sub-model {number}" if number < report["n"] - 1 else "the model"
+            table.add_row(
+                name, f"{row['parameters']:,}", f"{row['critic_parameters']:,}", f"{row['flops']:,.0f}"
+            )
+        _section("Sub-models, each a prefix with its critic", table)
+    if "costs" in report:
+        table = _table("", ("memory of a step", "right"), ("of the whole", "right"), ("FLOPs", "right"))
+        whole = report["costs"][-1]
+        for number, row in enumerate(report["costs"]):
+            name = f"part {number}" if number < report["n"] else "the whole"
+            share = f"{row['memory'] / whole['memory']:.0%}".replace("%", " %")
+            table.add_row(name, size(row["memory"]), share, f"{row['flops']:,}")
+        _section("Training apart", table)
+    certificate(report["certificate"])
+    notes(report["notes"])
+
+
 def timings(seconds: Mapping[str, float]) -> None:
     """The time that it took, and the steps that took most of it."""
     steps = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items() if value >= 0.05)

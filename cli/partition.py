@@ -23,6 +23,7 @@ from graphsplit.cli.common import (
     Opened,
     OptionalK,
     Options,
+    Out,
     Outputs,
     Shares,
     Start,
@@ -37,9 +38,6 @@ from graphsplit.errors import VerificationError
 from graphsplit.report import PartitionReport, partition_report
 from graphsplit.verification import Certificate
 
-Out = Annotated[
-    Path, typer.Option("-o", "--out", metavar="FOLDER", help="The bundle to write.", show_default=False)
-]
 Init = Annotated[
     Start,
     typer.Option(

@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 import graphsplit
-from graphsplit.cli import console, draw, export, inspect, merge, partition, run, verify
+from graphsplit.cli import console, depth, draw, export, inspect, merge, partition, run, verify
 from graphsplit.errors import GraphsplitError
 
 INTERRUPTED = 130
@@ -92,6 +92,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect.inspect,
     "partition": partition.partition,
     "merge": merge.merge,
+    "critics": depth.critics,
+    "sil": depth.sil,
     "verify": verify.verify,
     "export": export.export,
     "draw": draw.draw,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from graphsplit import bundle
 from graphsplit._layer_groups import LayerGroups
 from graphsplit._local_critics import LocalCritics
+from graphsplit._synthetic_halves import SyntheticHalves
 from graphsplit.analysis import Analysis, analyse
 from graphsplit.analysis.analysis import check_k
 from graphsplit.analysis.dealing import Prescribed, Strategy, check_shares, dealer_of
@@ -362,14 +363,15 @@ def _difference(wanted: PartitionPlan, found: PartitionPlan) -> str:
     return "state tensors or axes differ"
 
 
-Object = Partition | LayerGroups | LocalCritics | Program | ProgramModule
+Object = Partition | LayerGroups | LocalCritics | SyntheticHalves | Program | ProgramModule
 
 
 def save(obj: Object | PartitionBundle | DepthBundle, path: str | Path) -> None:
     """Write a bundle, all of it or nothing; an older bundle in its place is replaced.
 
     Args:
-        obj: A partition, layer groups or local critics as they are now, trained or not; a program; a module.
+        obj: What graphsplit made, with the weights that it has now: a partition, layer groups, local critics,
+            synthetic halves, a program or a module.
         path: The folder.
 
     Raises:
@@ -377,7 +379,7 @@ def save(obj: Object | PartitionBundle | DepthBundle, path: str | Path) -> None:
     """
     if isinstance(obj, Partition):
         obj = PartitionBundle(bundle.without_weights(obj.program), obj.plan, obj.current_programs())
-    elif isinstance(obj, (LayerGroups, LocalCritics)):
+    elif isinstance(obj, (LayerGroups, LocalCritics, SyntheticHalves)):
         obj = obj.to_bundle()
     bundle.save(obj, path)
 
@@ -393,6 +395,8 @@ def load(path: str | Path) -> Object:
     """
     found = bundle.load(path)
     if isinstance(found, DepthBundle):
+        if "labels" in found.options:
+            return SyntheticHalves.from_bundle(found)
         return LocalCritics.from_bundle(found) if found.critics else LayerGroups.from_bundle(found)
     if not isinstance(found, PartitionBundle):
         return found

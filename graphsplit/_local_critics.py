@@ -302,6 +302,7 @@ def local_critics(
     output: str | None = None,
     tied: Tied = "refuse",
     seed: int = 0,
+    outputs: Sequence[str] | None = None,
 ) -> LocalCritics:
     """Cut a model into n + 1 layer groups with n local critics (Lee & Lee, arXiv 2102.01963).
 
@@ -319,6 +320,7 @@ def local_critics(
         output: Name of the output that the loss takes; needed where a model has several.
         tied: See `layer_groups`.
         seed: Of the critics' weights, of the order of the data and of dropout.
+        outputs: Names of the outputs to keep, as for `trace`.
 
     Raises:
         PartitionError: The model cannot be cut so, or there is no critic for what crosses a cut.
@@ -331,7 +333,9 @@ def local_critics(
         count = None if at else (1 if n is None else n) + 1
         if at and n is not None and n != len(at):
             raise PartitionError(f"{len(at)} places make {len(at)} critics, and n is {n}", hint="leave out n")
-        groups = layer_groups(model, args, kwargs, n=count, balance=balance, at=at, tied=tied)
+        groups = layer_groups(
+            model, args, kwargs, n=count, balance=balance, at=at, tied=tied, outputs=outputs
+        )
     function = per_sample(loss)
     positions = [_output_position(groups.program, mode, output) for mode in range(len(groups.program.graphs))]
     wanted = _meta_of_output(groups.program, positions[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from graphsplit import costs
 from graphsplit._layer_groups import LayerGroups, layer_groups
+from graphsplit.bundle import DepthBundle
 from graphsplit.depth.cuts import Tied
 from graphsplit.emission import ProgramModule
 from graphsplit.errors import PartitionError, UserError
@@ -70,6 +71,15 @@ class SyntheticHalves:
             ).to(frontier[0].dtype)
             for cut, frontier in enumerate(groups.frontiers)
         )
+
+    def to_bundle(self) -> DepthBundle:
+        """The parts as they are now, to be saved."""
+        return replace(self.groups.to_bundle(), options={"labels": asdict(self.labels)})
+
+    @classmethod
+    def from_bundle(cls, found: DepthBundle) -> SyntheticHalves:
+        """What a bundle holds."""
+        return cls(LayerGroups.from_bundle(found), Labels(**found.options["labels"]))
 
     @property
     def parts(self) -> list[ProgramModule]:
@@ -192,6 +202,7 @@ def synthetic_halves(
     labels: Labels | int,
     n: int | None = None,
     tied: Tied = "refuse",
+    outputs: Sequence[str] | None = None,
 ) -> SyntheticHalves:
     """Cut a model into parts that train apart on synthetic labels (Karadag & Topaloglu, arXiv 2403.11204).
 
@@ -203,13 +214,14 @@ def synthetic_halves(
         labels: How labels are drawn, or just the number of classes.
         n: Number of parts where ``at`` is not given, 2 by default.
         tied: See `layer_groups`.
+        outputs: Names of the outputs to keep, as for `trace`.
 
     Raises:
         PartitionError: The model cannot be cut so, or several tensors cross a cut.
         TraceError, UnsupportedError, InputError: The model cannot be traced.
     """
     places = [at] if isinstance(at, str) else at
-    groups = layer_groups(model, args, kwargs, n=n, at=places, balance="memory", tied=tied)
+    groups = layer_groups(model, args, kwargs, n=n, at=places, balance="memory", tied=tied, outputs=outputs)
     if isinstance(labels, bool) or not isinstance(labels, (int, Labels)):
         raise UserError(f"labels is {labels!r}", hint="give a number of classes, or Labels")
     return SyntheticHalves(groups, Labels(labels) if isinstance(labels, int) else labels)

@@ -710,6 +710,16 @@ OPTIONS = {
         *("--onnx", "--merged", "--force", "--json", "-v/--verbose"),
     ],
     "merge": ["-o/--out", "--plain", "--weights-only", "--plan", "--force", "--json", "-v/--verbose"],
+    "critics": [
+        *("-o/--out", "-n", "--at", "--balance", "--copy-tied", "--critic", "--loss", "--loss-output"),
+        *("--seed", "--entry", "--input", "--keep-output", "--no-verify", "--onnx", "--force", "--json"),
+        "-v/--verbose",
+    ],
+    "sil": [
+        *("-o/--out", "--classes", "-n", "--at", "--copy-tied", "--distribution", "--scale", "--separation"),
+        *("--noise", "--seed", "--entry", "--input", "--keep-output", "--no-verify", "--onnx", "--force"),
+        *("--json", "-v/--verbose"),
+    ],
     "verify": ["-k", "--entry", "--input", "--keep-output", "--json", "-v/--verbose"],
     "export": ["-o/--out", "-k", "--entry", "--input", "--keep-output", "--force", "--json", "-v/--verbose"],
     "draw": [

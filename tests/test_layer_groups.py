@@ -230,6 +230,19 @@ def test_a_tied_weight_is_refused_by_name() -> None:
         gs.layer_groups(Tied(), torch.randint(0, 11, (2, 5)), at=["inner"])
 
 
+def test_a_view_of_a_weight_belongs_to_its_user() -> None:
+    class Transposed(Tied):
+        def forward(self, tokens: Tensor) -> Tensor:
+            head = self.embedding.weight.T
+            return torch.tanh(self.inner(self.embedding(tokens))) @ head
+
+    tokens = torch.randint(0, 11, (2, 5))
+    with pytest.raises(PartitionError, match=r"embedding\.weight must not be in two groups"):
+        gs.layer_groups(Transposed(), tokens, n=2)
+    groups = gs.layer_groups(Transposed(), tokens, n=2, tied="copy")
+    assert groups.verify().ok and [len(frontier) for frontier in groups.frontiers] == [1]
+
+
 def test_copies_of_a_tied_weight_have_both_its_names() -> None:
     model = Tied()
     groups = gs.layer_groups(model, torch.randint(0, 11, (2, 5)), n=3, tied="copy")

@@ -1,7 +1,7 @@
 """A graph as a line of nodes in the order in which they run, and what crosses a cut at each place.
 
-Nodes are *placed* one after another, but for those that are *free*: sizes, and what is made of sizes, buffers
-and constants alone, is computed again wherever it is needed, so that it crosses no cut.
+Nodes are *placed* one after another, but for those that are *free*: sizes, what is made of sizes, buffers and
+constants alone, and views of weights. These are computed again wherever they are needed, and cross no cut.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import fx
 
 from graphsplit.builder import aten
@@ -76,8 +77,8 @@ class Line:
         """Use of every parameter, and of every buffer that is written."""
         places: dict[str, list[int]] = {}
         for node, place in [*self.position.items(), *self.writes.items()]:
-            for used in node.all_input_nodes:
-                if used.op == "get_attr" and used not in self._free:
+            for used in self._resolved(node):
+                if used.op == "get_attr":
                     places.setdefault(str(used.target), []).append(place)
         return {name: Span(name, min(found), max(found)) for name, found in places.items()}
 
@@ -88,7 +89,7 @@ class Line:
         return [
             any(
                 used.op == "get_attr" and used.target in state and state[str(used.target)].kind == "parameter"
-                for used in node.all_input_nodes
+                for used in self._resolved(node)
             )
             for node in self.placed
         ]
@@ -156,10 +157,14 @@ class Line:
                 entry = self.program.state.get(str(node.target))
                 if entry is None or (entry.kind != "parameter" and node.target not in self.written):
                     free.add(node)
-            elif node.target is aten.sym_size.int or (
-                node.op == "call_function"
-                and not is_kept(node)
-                and all(used in free for used in node.all_input_nodes)
+            elif (
+                _is_view_of_state(node, free)
+                or node.target is aten.sym_size.int
+                or (
+                    node.op == "call_function"
+                    and not is_kept(node)
+                    and all(used in free for used in node.all_input_nodes)
+                )
             ):
                 free.add(node)
         return free
@@ -186,6 +191,19 @@ def _items(node: fx.Node) -> list[fx.Node]:
 
 def _is_item(node: fx.Node) -> bool:
     return node.target is operator.getitem and isinstance(node_arg(node).meta.get("value"), tuple)
+
+
+def _is_view_of_state(node: fx.Node, free: set[fx.Node]) -> bool:
+    """True for another view of a state tensor, such as a transposed weight: it belongs to who uses it."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload) or is_kept(node):
+        return False
+    result = node.target._schema.returns[:1]
+    if not result or result[0].alias_info is None:
+        return False
+    if not node.all_input_nodes:
+        return False
+    first, *others = node.all_input_nodes
+    return (first.op == "get_attr" or first in free) and all(used in free for used in others)
 
 
 def _is_write(node: fx.Node) -> bool:

@@ -1,13 +1,14 @@
 """Synthetic intermediate labels: what stands in for the features at a cut while parts train apart.
 
 Karadag & Topaloglu, "Partitioned Neural Network Training via Synthetic Intermediate Labels", arXiv
-2403.11204. Only the abstract was at hand. What is taken from it: a model is cut into parts, labels for the cut
-are drawn at random, and each part is trained with them, by itself. How labels are drawn, and everything in
-`Labels`, is ours.
+2403.11204. Only the abstract was at hand. What is taken from it: a model is cut into parts, labels for the
+cut are drawn at random, and each part is trained with them, by itself. How labels are drawn, and everything
+in `Labels`, is ours.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -77,8 +78,8 @@ def draw_points(labels: Labels, shape: tuple[int, ...], cut: int, *, nonnegative
 def _draw(distribution: Distribution, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     if distribution == "normal":
         return torch.randn(shape, generator=generator)
-    uniform = 2 * torch.rand(shape, generator=generator) - 1
-    return 3**0.5 * uniform if distribution == "uniform" else uniform.sign()
+    uniform = torch.empty(shape).uniform_(-1, 1, generator=generator)
+    return math.sqrt(3) * uniform if distribution == "uniform" else uniform.sign()
 
 
 @dataclass(frozen=True)
