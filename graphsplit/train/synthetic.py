@@ -79,7 +79,7 @@ def _draw(distribution: Distribution, shape: tuple[int, ...], generator: torch.G
     if distribution == "normal":
         return torch.randn(shape, generator=generator)
     uniform = torch.empty(shape).uniform_(-1, 1, generator=generator)
-    return math.sqrt(3) * uniform if distribution == "uniform" else uniform.sign()
+    return uniform * math.sqrt(3) if distribution == "uniform" else uniform.sign()
 
 
 @dataclass(frozen=True)
