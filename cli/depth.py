@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from graphsplit._api import depth_exports
 from graphsplit._layer_groups import LayerGroups
 from graphsplit._local_critics import LocalCritics, local_critics
 from graphsplit._synthetic_halves import SyntheticHalves, synthetic_halves
@@ -28,12 +29,11 @@ from graphsplit.cli.common import (
     Verbose,
     refuse_taken,
 )
-from graphsplit.cli.export import export_all
+from graphsplit.cli.export import onnx_rows
 from graphsplit.depth.cuts import Tied
 from graphsplit.depth.plan import UNITS
 from graphsplit.errors import VerificationError
 from graphsplit.loading import Loaded, load_model
-from graphsplit.program import Program
 from graphsplit.train.synthetic import Labels
 from graphsplit.verification import Certificate
 
@@ -250,15 +250,11 @@ def _certified(bundle: DepthBundle, certificate: Certificate | None) -> DepthBun
 def _exported(
     divided: LocalCritics | SyntheticHalves, folder: Path, example: Any, progress: console.Progress
 ) -> list[dict[str, Any]]:
-    first, *others = divided.groups.programs
-    rows, _ = export_all({"group_0.onnx": first}, folder, example, progress)
-    pieces = {f"group_{number}.onnx": program for number, program in enumerate(others, 1)}
-    more, _ = export_all(pieces, folder, None, progress)
-    whole: dict[str, Program] = {}
-    if isinstance(divided, LocalCritics):
-        whole = {f"submodel_{i}.onnx": divided.submodel_program(i) for i in range(divided.n + 1)}
-    last, _ = export_all(whole, folder, example, progress)
-    return [*rows, *more, *last]
+    rows: list[dict[str, Any]] = []
+    for name, export in depth_exports(divided, folder, example).items():
+        with progress.step(f"export {name}"):
+            rows += onnx_rows(export())
+    return rows
 
 
 def depth_report(divided: LocalCritics | SyntheticHalves, certificate: Certificate | None) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def export_all(
     for name, program in programs.items():
         with progress.step(f"export {name}"):
             report = export_onnx(program, folder / name, example=example)
-        rows += _rows(report)
+        rows += onnx_rows(report)
         notes += [text for text in report.notes if text not in notes]
     return rows, notes
 
@@ -110,10 +110,11 @@ def export_mean(
 
     with progress.step("export ensemble.onnx"):
         report = export_ensemble(programs, folder / "ensemble.onnx", example=example)
-    return _rows(report), list(report.notes)
+    return onnx_rows(report), list(report.notes)
 
 
-def _rows(report: OnnxReport) -> list[dict[str, Any]]:
+def onnx_rows(report: OnnxReport) -> list[dict[str, Any]]:
+    """A row for each comparison of a file."""
     return [
         {"file": report.path.name, "output": row.output, "sizes": dict(row.sizes), "absolute": row.absolute,
          "relative": row.relative, "tolerance": row.tolerance, "ok": row.ok}

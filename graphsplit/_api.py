@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -431,12 +431,37 @@ def draw(obj: Partition | Program | ProgramModule, path: str | Path, *, depth: i
         raise BundleError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def export_onnx(obj: Partition | Program | ProgramModule, path: str | Path) -> dict[str, OnnxReport]:
+def depth_exports(
+    obj: LayerGroups | LocalCritics | SyntheticHalves, folder: Path, example: Any = None
+) -> dict[str, Callable[[], OnnxReport]]:
+    """What writes each ONNX file of a model cut by depth, by its name."""
+    from graphsplit.onnx_anytime import export_anytime
+    from graphsplit.onnx_export import export_onnx as export
+
+    groups = obj if isinstance(obj, LayerGroups) else obj.groups
+    programs = groups.current_programs()
+    pieces = {f"group_{number}.onnx": program for number, program in enumerate(programs)}
+    if isinstance(obj, LocalCritics):
+        pieces |= {f"submodel_{number}.onnx": obj.submodel_program(number) for number in range(obj.n + 1)}
+    found: dict[str, Callable[[], OnnxReport]] = {}
+    for name, program in pieces.items():
+        own = example if program.signature.inputs == groups.program.signature.inputs else None
+        found[name] = partial(export, program, folder / name, example=own)
+    if isinstance(obj, LocalCritics) and obj.n:
+        critics = [obj.critic_program(number) for number in range(obj.n)]
+        place = folder / "anytime.onnx"
+        found[place.name] = partial(export_anytime, programs, critics, obj.mains, place, example=example)
+    return found
+
+
+def export_onnx(obj: Object, path: str | Path) -> dict[str, OnnxReport]:
     """Write ONNX, checked by onnx.checker and run in ONNX Runtime against torch at two batch sizes.
 
     Args:
         obj: A program or module: one file. A partition: a folder with ``submodel_0.onnx`` to ``merged.onnx``,
-            and ``ensemble.onnx``, in which every sub-model is a function and the mean of all is given.
+            and ``ensemble.onnx``, in which every sub-model is a function and the mean of all is given. Layer
+            groups: a folder with ``group_0.onnx`` and so on; local critics: ``submodel_0.onnx`` and so on
+            beside them, and ``anytime.onnx``, which leaves early at the confidence that is its last input.
         path: The file, or the folder.
 
     Returns:
@@ -450,9 +475,11 @@ def export_onnx(obj: Partition | Program | ProgramModule, path: str | Path) -> d
     from graphsplit.onnx_export import export_onnx as export
 
     path = Path(path)
-    if not isinstance(obj, Partition):
+    if isinstance(obj, (Program, ProgramModule)):
         return {path.name: export(obj, path)}
     path.mkdir(parents=True, exist_ok=True)
+    if not isinstance(obj, Partition):
+        return {name: run() for name, run in depth_exports(obj, path).items()}
     programs = obj.current_programs()
     pieces = {f"submodel_{part}.onnx": program for part, program in enumerate(programs)}
     pieces["merged.onnx"] = obj.merged_program()

@@ -80,6 +80,11 @@ class LocalCritics:
         return len(self.critics)
 
     @property
+    def mains(self) -> tuple[int, ...]:
+        """Which of what a group gives its critic takes; of the last, which output is the answer (eval)."""
+        return (*(main_tensor(frontier) for frontier in self.groups.frontiers), self._output[-1])
+
+    @property
     def stages(self) -> list[Stage]:
         """Each group with its critic."""
         return self.training.stages
@@ -195,7 +200,7 @@ class LocalCritics:
         return Anytime(
             groups=[emit(program) for program in self.groups.current_programs()],
             critics=[emit(self.critic_program(number)) for number in range(self.n)],
-            mains=[*(main_tensor(frontier) for frontier in self.groups.frontiers), self._output[-1]],
+            mains=self.mains,
             flops=[item.flops for item in complexity],
             critic_flops=[item.critic_flops for item in complexity[:-1]],
             whole=self.groups.program,

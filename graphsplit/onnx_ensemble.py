@@ -93,13 +93,13 @@ def export_ensemble(
     heads = [_open(program) for program in programs]
     models = [Exportable(head.program) for head in heads]
     cases, notes = models[0].cases(example)
-    files = [_inlined(model, cases[0], opset) for model in models]
+    files = [inlined(model, cases[0], opset) for model in models]
     closing = heads[0].closing
     tail = None if closing is None else Exportable(closing)
     means = [_means(models, case) for case in cases]
     tail_file = None
     if tail is not None:
-        tail_file = _inlined(tail, Case(_taken(means[0], heads[0].closed), {}, ()), opset)
+        tail_file = inlined(tail, Case(_taken(means[0], heads[0].closed), {}, ()), opset)
     file = _assemble(files, tail_file, heads[0])
     expected = [
         replace(case, expected=_closed(mean, tail, heads[0])) for case, mean in zip(cases, means, strict=True)
@@ -112,7 +112,8 @@ def export_ensemble(
     )
     with writing(path) as folder:
         save_checked(file, folder / path.name)
-        rows = verify_file(models[0], folder / path.name, expected, random)
+        names = (models[0].input_names, models[0].output_names)
+        rows = verify_file(folder / path.name, *names, expected, random)
         written = move_into_place(folder, path)
     changes = dict.fromkeys(note for model in models for note in model.buffer_notes(cases[0]))
     return OnnxReport(
@@ -261,7 +262,7 @@ def _closed(means: Sequence[Tensor], tail: Exportable | None, head: _Head) -> li
 # The file
 
 
-def _inlined(model: Exportable, case: Case, opset: int | None) -> onnx_ir.Model:
+def inlined(model: Exportable, case: Case, opset: int | None) -> onnx_ir.Model:
     """A model of one graph: functions of the exporter are written out, so that none share a name."""
     file = to_onnx(model, model.export(case.inputs), opset)
     InlinePass()(file)
@@ -274,7 +275,7 @@ def _assemble(files: Sequence[onnx_ir.Model], tail: onnx_ir.Model | None, head: 
     imports = {**first.opset_imports, DOMAIN: 1}
     inputs = [_like(value, str(value.name)) for value in first.graph.inputs]
     outputs = [str(value.name) for value in first.graph.outputs]
-    names = _Names({str(value.name) for value in inputs} | set(outputs))
+    names = Names({str(value.name) for value in inputs} | set(outputs))
     weights: list[onnx_ir.Value] = []
     nodes: list[onnx_ir.Node] = []
     functions: list[onnx_ir.Function] = []
@@ -293,7 +294,9 @@ def _assemble(files: Sequence[onnx_ir.Model], tail: onnx_ir.Model | None, head: 
         means.append(_mean(list(values), name, nodes, names))
     ends = list(means)
     if tail is not None:
-        closed = _taken_over(tail, [means[place] for place in head.closed], nodes, weights, names)
+        closed = taken_over(
+            tail, [means[place] for place in head.closed], nodes, weights, names, WHOLE, "closing"
+        )
         for place, value in zip(head.closed, closed, strict=True):
             value.name = outputs[place]
             ends[place] = value
@@ -311,7 +314,7 @@ def _assemble(files: Sequence[onnx_ir.Model], tail: onnx_ir.Model | None, head: 
     )
 
 
-class _Names:
+class Names:
     """Names of values and nodes of the main graph, each once."""
 
     def __init__(self, taken: set[str]) -> None:
@@ -332,7 +335,7 @@ def _like(value: onnx_ir.Value, name: str) -> onnx_ir.Value:
 
 
 def _node(
-    domain: str, kind: str, inputs: Sequence[Any], outputs: Sequence[onnx_ir.Value], part: str, names: _Names
+    domain: str, kind: str, inputs: Sequence[Any], outputs: Sequence[onnx_ir.Value], part: str, names: Names
 ) -> onnx_ir.Node:
     name = names.free(f"call_{kind}" if domain else f"{part}_{kind.lower()}")
     props = {PART: part}
@@ -340,7 +343,7 @@ def _node(
 
 
 def _function(
-    file: onnx_ir.Model, label: str, part: str, names: _Names
+    file: onnx_ir.Model, label: str, part: str, names: Names
 ) -> tuple[onnx_ir.Function, list[onnx_ir.Value]]:
     """A graph as a function whose weights are inputs, and these weights for the main graph."""
     graph = file.graph
@@ -376,7 +379,7 @@ def _function(
     return function, given
 
 
-def _mean(values: list[onnx_ir.Value], name: str, nodes: list[onnx_ir.Node], names: _Names) -> onnx_ir.Value:
+def _mean(values: list[onnx_ir.Value], name: str, nodes: list[onnx_ir.Node], names: Names) -> onnx_ir.Value:
     """Append the mean of values, or the first of them where it is no floating-point tensor."""
     first = values[0]
     result = _like(first, name)
@@ -396,29 +399,32 @@ def _mean(values: list[onnx_ir.Value], name: str, nodes: list[onnx_ir.Node], nam
     return result
 
 
-def _taken_over(
+def taken_over(
     tail: onnx_ir.Model,
     means: Sequence[onnx_ir.Value],
     nodes: list[onnx_ir.Node],
     weights: list[onnx_ir.Value],
-    names: _Names,
+    names: Names,
+    part: str,
+    prefix: str,
 ) -> list[onnx_ir.Value]:
-    """Append the nodes of another graph, which then start from the means; gives its outputs."""
+    """Append the nodes of another graph, which then start from values that are there; gives its outputs."""
     graph = tail.graph
-    ends = list(graph.outputs)
+    given = dict(zip(graph.inputs, means, strict=True))
+    ends = [given.get(value, value) for value in graph.outputs]
     graph.outputs.clear()
-    for value, mean in zip(list(graph.inputs), means, strict=True):
+    for value, mean in given.items():
         onnx_ir.convenience.replace_all_uses_with(value, mean)
     for value in list(graph.initializers.values()):
         del graph.initializers[str(value.name)]
-        value.name = names.free(f"closing.{value.name}")
+        value.name = names.free(f"{prefix}.{value.name}")
         weights.append(value)
     moved = list(graph)
     graph.remove(moved)
     for node in moved:
-        node.name = names.free(f"{WHOLE}_{node.op_type.lower()}")
-        node.metadata_props[PART] = WHOLE
+        node.name = names.free(f"{prefix}_{node.op_type.lower()}")
+        node.metadata_props[PART] = part
         for value in node.outputs:
-            value.name = names.free(f"closing.{value.name}")
+            value.name = names.free(f"{prefix}.{value.name}")
     nodes += moved
     return ends

@@ -91,7 +91,7 @@ def test_onnx_beside_it(model: Path, tmp_path: Path) -> None:
     done = run("critics", model, "--at", "head", "--onnx", "-o", tmp_path / "out")
     assert done.exit_code == 0, done.stderr
     names = {path.name for path in (tmp_path / "out").glob("*.onnx")}
-    assert names == {"group_0.onnx", "group_1.onnx", "submodel_0.onnx", "submodel_1.onnx"}
+    assert names == {"group_0.onnx", "group_1.onnx", "submodel_0.onnx", "submodel_1.onnx", "anytime.onnx"}
 
 
 @pytest.mark.parametrize(

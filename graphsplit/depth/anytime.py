@@ -111,7 +111,7 @@ class Anytime(nn.Module):
             assert remaining is not None
             sure = torch.ones_like(remaining, dtype=torch.bool)
             if number < last and confidence is not None:
-                sure = _confidence(scores) >= confidence
+                sure = least_confidence(scores) >= confidence
             leaving = remaining[sure]
             found.scores[leaving], found.exits[leaving], found.flops[leaving] = scores[sure], number, spent
             remaining = remaining[~sure]
@@ -175,9 +175,15 @@ def _batch_dims(inputs: Sequence[TensorMeta]) -> list[int | None]:
     return found
 
 
-def _confidence(scores: Tensor) -> Tensor:
-    """Probability of the class of each example: of scores ``[N, K]``, or the lowest of ``[N, T, K]``."""
+def classes_dim(rank: int) -> int:
+    """The dimension of classes in scores ``[N, K]``, ``[N, T, K]`` or ``[N, K, H, W]``."""
+    return 2 if rank == 3 else 1
+
+
+def least_confidence(scores: Tensor) -> Tensor:
+    """Probability of the class of each example, the lowest over its positions; of scores ``[N]`` of two."""
     if scores.dim() == 1:
         return torch.sigmoid(scores.abs())
-    best = scores.softmax(-1 if scores.dim() == 3 else 1).amax(-1 if scores.dim() == 3 else 1)
+    dim = classes_dim(scores.dim())
+    best = scores.softmax(dim).amax(dim)
     return best if best.dim() == 1 else best.flatten(1).amin(1)

@@ -79,7 +79,10 @@ def _draw(distribution: Distribution, shape: tuple[int, ...], generator: torch.G
     if distribution == "normal":
         return torch.randn(shape, generator=generator)
     uniform = torch.empty(shape).uniform_(-1, 1, generator=generator)
-    return uniform * math.sqrt(3) if distribution == "uniform" else uniform.sign()
+    if distribution == "sign":
+        return uniform.sign()
+    scaled: Tensor = uniform * math.sqrt(3)
+    return scaled
 
 
 @dataclass(frozen=True)
