@@ -165,8 +165,9 @@ class _File:
         self.weights: list[onnx_ir.Value] = []
         self.level = _value(CONFIDENCE, onnx_ir.DataType.FLOAT, [])
         ends: Any = pieces[-1].program.graph().output_node().args[0]
-        symbols: dict[str | None, str] = {**pieces[0].symbols}
-        self.shape = [symbols.get(dim.symbol, dim.hint) for dim in meta_of(ends[mains[-1]]).dims]
+        symbols = pieces[0].symbols
+        dims = meta_of(ends[mains[-1]]).dims
+        self.shape = [symbols.get(dim.symbol or "", dim.hint) for dim in dims]
 
     def build(self) -> onnx_ir.Model:
         """The whole file."""

@@ -754,7 +754,7 @@ def test_every_example_says_how_to_run_it_and_has_a_test() -> None:
     names = {path.stem for path in EXAMPLES.glob("*.py")}
     assert names == {
         *("char_lstm", "gpt2", "lenet", "paper_cifar10", "paper_mnist", "pipeline", "resnet50", "small_gpt"),
-        "train_apart_then_merge",
+        *("local_critics", "synthetic_labels", "train_apart_then_merge"),
     }
     for name in names:
         text = (EXAMPLES / f"{name}.py").read_text()

@@ -69,3 +69,17 @@ def test_language_models_learn(name: str, width: int) -> None:
     losses = [epoch.test_loss for epoch in (*history.of(0), *history.of(None))]
     assert losses[0] is not None and losses[-1] is not None
     assert losses[-1] < losses[0] - 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["resnet", "lstm", "gpt"])
+def test_groups_learn_by_local_critics(model: str) -> None:
+    history = script("local_critics").main(
+        ["--model", model, "--epochs", "2", "--characters", "20000", "-n", "2"]
+    )
+    assert all(last < first for first, last in zip(history[0].losses, history[-1].losses, strict=True))
+
+
+def test_halves_learn_on_synthetic_labels() -> None:
+    found = script("synthetic_labels").main(["--epochs", "4", "--recovery", "1"])
+    assert found["joined"] < 0.5 and found["recovered"] < 0.2

@@ -49,7 +49,7 @@ def build_critic(
     Args:
         features: The tensor that it sees: ``[N, C, H, W]`` (or with one dimension more), ``[N, T, D]`` or
             ``[N, D]``.
-        output: What the model gives: ``[N, K]``, ``[N, T, K]``, ``[N, K, H, W]`` or ``[N]``.
+        output: What the model gives: ``[N, K]``, ``[N, T, K]``, ``[N, K, T]``, ``[N, K, H, W]`` or ``[N]``.
         form: ``"conv"`` (one 3x3 convolution, ReLU, fully connected), ``"conv3"`` (two convolutions and one
             of one channel, for large images), ``"linear"``; None chooses ``"conv"`` for images and
             ``"linear"``, over all time steps, for the rest. Or a factory.
@@ -88,8 +88,12 @@ def _default(features: TensorMeta, output: TensorMeta, form: Form | None, place:
         )
     if images and form != "linear":
         return _convolutional(given, wanted, three=form == "conv3")
-    if output.ndim == 3 and features.ndim == 3 and given[1] == wanted[1]:
-        return nn.Linear(given[2], wanted[2])
+    if output.ndim == 3 and features.ndim == 3:
+        steps = [dim for dim in (1, 2) if wanted[dim] == given[1]]
+        if steps == [1]:
+            return nn.Linear(given[2], wanted[2])
+        if steps == [2]:
+            return nn.Sequential(nn.Linear(given[2], wanted[1]), Transpose())
     if output.ndim not in (1, 2):
         raise PartitionError(
             f"there is no critic from features {features} at {place} to outputs {output}",
@@ -118,6 +122,14 @@ def _convolutional(given: Shape, wanted: Shape, *, three: bool) -> nn.Module:
     outputs = wanted[1] if len(wanted) == 2 else 1
     closing: list[nn.Module] = [nn.Flatten(0)] if len(wanted) == 1 else []
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(entries, outputs), *closing)
+
+
+class Transpose(nn.Module):
+    """Scores ``[N, T, K]`` as ``[N, K, T]``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Exchange the last two dimensions."""
+        return x.transpose(1, 2)
 
 
 class Resize(nn.Module):

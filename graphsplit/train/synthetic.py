@@ -70,8 +70,8 @@ def draw_points(labels: Labels, shape: tuple[int, ...], cut: int, *, nonnegative
     generator = torch.Generator().manual_seed(labels.seed * 1_003 + cut)
     common = _draw(labels.distribution, (1, *shape), generator)
     own = _draw(labels.distribution, (labels.classes, *shape), generator)
-    mixed = labels.separation**0.5 * own + (1 - labels.separation) ** 0.5 * common
-    points = labels.scale * mixed
+    mixed: Tensor = labels.separation**0.5 * own + (1 - labels.separation) ** 0.5 * common
+    points: Tensor = labels.scale * mixed
     return points.clamp_min(0) if nonnegative else points
 
 
