@@ -235,6 +235,8 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
         return math.inf
     if not value.numel():
         return 0.0
+    if not value.is_complex():
+        value, reference = value.double(), reference.double()
     same = (value == reference) | (torch.isnan(value) & torch.isnan(reference))
     difference = torch.where(same, 0.0, (value - reference).abs().double())
     if bool(torch.isnan(difference).any()):

@@ -180,6 +180,9 @@ SPLIT: dict[str, Case] = {
     "unbind and stack of heads": sequences(
         lambda h: heads(h, lambda found: torch.stack(found, 2).flatten(2))
     ),
+    # Types and sizes at the edge.
+    "places as numbers": features(lambda h: h * h.argmax(1, keepdim=True).to(h.dtype)),
+    "an empty piece": features(lambda h: torch.cat([h[:0].flatten(), h.flatten()]).view(-1, 16)),
     "chunks as heads": sequences(lambda h: torch.cat([c.softmax(1) for c in h.chunk(4, -1)], -1)),
 }
 
@@ -444,3 +447,15 @@ def test_units_of_a_slice_are_dealt_out_by_themselves() -> None:
     part = gs.partition(make(), inputs(), k=2)
     sizes = sorted((axis.size, axis.counts) for axis in part.plan.axes)
     assert sizes == [(4, (2, 2)), (12, (6, 6))]
+
+
+def test_places_are_no_mean() -> None:
+    """What is made of whole numbers is averaged as what it becomes, not before."""
+    model = Net(lambda s, x: s.fc2(s.fc1(x).tanh()).argmax(-1).double(), fc1=nn.Linear(8, 16), fc2=nn.Linear(16, 5))
+    assert gs.partition(model, torch.randn(2, 8), k=2).verify().ok
+
+
+def test_an_output_of_truth_values_is_refused() -> None:
+    model = Net(lambda s, x: s.fc2(s.fc1(x).tanh()) > 0, fc1=nn.Linear(8, 16), fc2=nn.Linear(16, 5))
+    with pytest.raises(PartitionError, match="is of type torch.bool"):
+        gs.partition(model, torch.randn(2, 8), k=2).verify()

@@ -28,6 +28,8 @@ def reshape(inference: Inference, node: fx.Node) -> Facts:
     """Elements keep their order; sizes are those of the traced example, so every reshape is this one."""
     x = node_arg(node)
     before, after = inference.shape(x), node.meta["value"].shape
+    if 0 in before:
+        return _moved(node, ())  # an empty tensor belongs to nobody
     return _moved(node, tuple(reshape_ids(ids, before, after) for ids in inference.factors(x)))
 
 
