@@ -183,7 +183,24 @@ SPLIT: dict[str, Case] = {
     # Types and sizes at the edge.
     "places as numbers": features(lambda h: h * h.argmax(1, keepdim=True).to(h.dtype)),
     "an empty piece": features(lambda h: torch.cat([h[:0].flatten(), h.flatten()]).view(-1, 16)),
+    "sorted features of each head": features(lambda h: h.unflatten(-1, (4, 4)).sort(-1).values.flatten(1)),
+    "largest features of each head": features(
+        lambda h: h.unflatten(-1, (4, 4)).topk(2, -1).values.flatten(1), 8
+    ),
+    "a triangle of each head": features(lambda h: h.view(-1, 4, 2, 2).tril().flatten(1)),
+    "windows over the features of each head": features(
+        lambda h: F.max_pool1d(h.unflatten(-1, (4, 4)), 2).flatten(1), 8
+    ),
     "chunks as heads": sequences(lambda h: torch.cat([c.softmax(1) for c in h.chunk(4, -1)], -1)),
+}
+
+# Not zero where a weight is: the weights between units of two sub-models must not come in.
+OF_WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "an inverse": lambda w: 1 / (2 + w.abs()),
+    "a quotient by": lambda w: 1 / w,
+    "a quotient": lambda w: w / w.exp(),
+    "a clamp": lambda w: F.hardtanh(w, 0.1, 0.7),
+    "a complex number": lambda w: torch.complex(w, torch.ones(1, dtype=w.dtype)).abs(),
 }
 
 # The bound of a part at K = 2: one layer's features are divided (a half), or weights between units as well (a third).
@@ -320,6 +337,22 @@ LAYERS: dict[str, tuple[Case, float]] = {
         )
         for mode in ("sum", "mean", "max")
     },
+    **{
+        f"{name} of a weight": (
+            (
+                functools.partial(
+                    lambda op: Net(
+                        lambda s, x: s.fc2(F.linear(s.fc1(x), op(s.w))), fc1=nn.Linear(8, 16),
+                        w=nn.Parameter(torch.rand(16, 16) + 0.5), fc2=nn.Linear(16, 3),
+                    ),
+                    op,
+                ),
+                lambda: torch.randn(2, 8),
+            ),
+            0.4,
+        )
+        for name, op in OF_WEIGHTS.items()
+    },
     "a layer added to a product": (
         (
             lambda: Net(
@@ -410,6 +443,26 @@ WHOLE: dict[str, tuple[Case, str]] = {
             lambda: torch.randn(2, 3, 8, 8),
         ),
         "an outer product of units is flattened",
+    ),
+    "weights of a bias": (
+        (
+            lambda: Net(
+                lambda s, x: s.fc2(F.linear(x, torch.ones(16, 8), s.fc1(torch.ones(8)))),
+                fc1=nn.Linear(8, 16), fc2=nn.Linear(16, 3),
+            ),
+            lambda: torch.randn(2, 8),
+        ),
+        "a bias of units is added to a product that has none",
+    ),
+    "a weight made of one entry": (
+        (
+            lambda: Net(
+                lambda s, x: s.fc2(F.linear(s.fc1(x), s.w.expand(4, 16))),
+                fc1=nn.Linear(8, 16), w=nn.Parameter(torch.ones(1, 1)), fc2=nn.Linear(4, 1),
+            ),
+            lambda: torch.randn(2, 8),
+        ),
+        "a sum over units against a tensor that has none",
     ),
     "a matrix of units": (
         features(lambda h: torch.matrix_exp(h.view(-1, 4, 4) * 0.1).flatten(1)), "a matrix of units"

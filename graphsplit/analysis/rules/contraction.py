@@ -120,6 +120,7 @@ def contract(inference: Inference, operands: list[Operand], output: str) -> Cont
                         break
                 operand.wanted.append(lead.spread(settled, operand.labels))
             else:
+                facts.whole = "a sum over units against a tensor that has none"
                 for holder, _ in found:
                     _share_along(inference, holder, label)
                 break
@@ -296,7 +297,9 @@ def add_bias(
                 lifted = own.reshape([-1 if place == position else 1 for place in range(len(output.labels))])
                 inference.units.couple(output.spread(ids, output.labels), lifted)
             return
-    inference.share(bias)
+    if inference.factors(bias):
+        facts.whole = "a bias of units is added to a product that has none"
+        inference.share(bias)
 
 
 def _linear_operands(

@@ -325,10 +325,9 @@ def roll(inference: Inference, node: fx.Node) -> Facts:
 def triangle(inference: Inference, node: fx.Node) -> Facts:
     """The lower or upper triangle of the last two dimensions."""
     x = node_arg(node)
-    factors = inference.factors(x)
-    if any(ids.shape[dim] > 1 for ids in factors for dim in (ids.ndim - 1, ids.ndim - 2)):
-        return whole(inference, node, "a triangle over units")
-    return Facts(factors, linear=(x,), keeps_zero=True)
+    rank = len(inference.shape(x))
+    factors, lost = inference.hold(x, [rank - 2, rank - 1])
+    return Facts(factors, linear=(x,), keeps_zero=True, whole="a triangle over units" if lost else None)
 
 
 @rule("copy_.default")

@@ -47,7 +47,7 @@ KEEPS_ZERO = {
     "sign", "sin", "sqrt", "square", "tan", "tanh", "trunc", "mul", "multiply", "div", "divide",
     "true_divide", "gelu", "silu", "leaky_relu", "elu", "hardtanh", "erf", "expm1", "log1p", "round", "ceil",
     "sgn", "asin", "atan", "sinh", "to", "real", "imag", "conj", "conj_physical", "resolve_conj",
-    "resolve_neg", "complex", "polar", "lift_fresh_copy",
+    "resolve_neg", "lift_fresh_copy",
 }  # fmt: skip
 
 # Affine in the first operand: f(mean of x) = mean of f(x).
@@ -196,8 +196,13 @@ def unary(inference: Inference, node: fx.Node) -> Facts:
     return Facts(
         inference.factors(operand),
         linear=(operand,) if name in LINEAR else (),
-        keeps_zero=name in KEEPS_ZERO,
+        keeps_zero=name in KEEPS_ZERO and (name != "hardtanh" or _within_bounds(node)),
     )
+
+
+def _within_bounds(node: fx.Node) -> bool:
+    """Does a ``hardtanh`` leave zero as it is?"""
+    return bool(argument(node, 1, "min_val", -1) <= 0 <= argument(node, 2, "max_val", 1))
 
 
 @rule(
@@ -214,7 +219,14 @@ def nary(inference: Inference, node: fx.Node) -> Facts:
     name = base_name(node)
     varied = [part for _, part in parts if not inference.is_common(part)]
     linear = tuple(varied) if _is_linear(node, name, varied) else ()
-    return Facts(factors, expects, linear=linear, keeps_zero=name in KEEPS_ZERO)
+    return Facts(factors, expects, linear=linear, keeps_zero=_keeps_zero(inference, node, name))
+
+
+def _keeps_zero(inference: Inference, node: fx.Node, name: str) -> bool:
+    """Is the result zero wherever an operand between two axes is? A quotient is where the dividend alone is."""
+    if name not in KEEPS_ZERO:
+        return False
+    return name in LINEAR_IN_ONE or all(len(inference.factors(divisor)) < 2 for divisor in node.args[1:])
 
 
 def _is_linear(node: fx.Node, name: str, varied: list[fx.Node]) -> bool:

@@ -14,6 +14,9 @@ from graphsplit.analysis.units import SHARED, Factors, Ids, varying
 from graphsplit.graphs import base_name, node_arg
 
 
+WINDOW = "a pooling window runs over units"
+
+
 def _spatial_dims(node: fx.Node) -> int:
     """Number of dimensions that an op runs over, from its name: 2 for ``max_pool2d``."""
     return next(int(digit) for digit in base_name(node) if digit.isdigit())
@@ -51,10 +54,8 @@ def pool(inference: Inference, node: fx.Node) -> Facts:
     if found is not None:
         return found
     rank = len(inference.shape(x))
-    for ids in factors:
-        if any(dim >= rank - count for dim in varying(ids)):
-            inference.units.share(ids)
-    return Facts(inference.factors(x), linear=linear, whole="a pooling window runs over units")
+    factors, lost = inference.hold(x, range(rank - count, rank))
+    return Facts(factors, linear=linear, whole=WINDOW if lost else None)
 
 
 @rule(
@@ -64,8 +65,10 @@ def pool(inference: Inference, node: fx.Node) -> Facts:
 )  # fmt: skip
 def pool_with_indices(inference: Inference, node: fx.Node) -> Facts:
     """Values and positions."""
-    factors, free = _spatial(inference, node, _spatial_dims(node))
-    return Facts([factors, factors]) if free else whole(inference, node, "a pooling window runs over units")
+    x = node_arg(node)
+    rank = len(inference.shape(x))
+    factors, lost = inference.hold(x, range(rank - _spatial_dims(node), rank))
+    return Facts([factors, factors], whole=WINDOW if lost else None)
 
 
 @rule("max_unpool2d.default", "max_unpool3d.default")

@@ -135,19 +135,18 @@ def running(inference: Inference, node: fx.Node) -> Facts:
     return facts
 
 
-@rule("sort.default", "sort.stable", "topk.default", "argsort.default")
+@rule("sort.default", "sort.stable", "topk.default", "argsort.default", "argsort.stable", "msort.default")
 def order(inference: Inference, node: fx.Node) -> Facts:
     """An order along a dimension that holds no units leaves the others as they are."""
     x = node_arg(node)
     rank = len(inference.shape(x))
     name = base_name(node)
     place = 2 if name == "topk" else 1
-    dim = _dims(argument(node, place, "dim", -1), rank)[0]
-    factors = inference.factors(x)
-    if any(ids.shape[dim] > 1 for ids in factors):
-        return whole(inference, node, f"{name} along units")
+    dim = 0 if name == "msort" else argument(node, place, "dim", -1)
+    factors, lost = inference.hold(x, _dims(dim, rank) if rank else [])
     several = isinstance(node.meta["value"], tuple)
-    return Facts([factors, factors] if several else factors)
+    reason = f"{name} along units" if lost else None
+    return Facts([factors, factors] if several else factors, whole=reason)
 
 
 @rule("cosine_similarity.default")
