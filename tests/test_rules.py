@@ -191,6 +191,19 @@ SPLIT: dict[str, Case] = {
     "windows over the features of each head": features(
         lambda h: F.max_pool1d(h.unflatten(-1, (4, 4)), 2).flatten(1), 8
     ),
+    "broadcast_tensors": sequences(lambda h: sum(torch.broadcast_tensors(h, h[:, :1].tanh(), torch.ones(16)))),  # type: ignore[arg-type]
+    "hstack": features(lambda h: torch.hstack([h, h * 2]), 32),
+    "vstack": sequences(lambda h: torch.vstack([h, h.tanh()])[:2]),
+    "dstack": sequences(lambda h: torch.dstack([h, h.tanh()]), 32),
+    "column_stack": features(lambda h: torch.column_stack([h, h.tanh()]), 32),
+    "a loss of entries": features(lambda h: F.mse_loss(h, h.detach().tanh(), reduction="none")),
+    "a loss": features(lambda h: h * F.smooth_l1_loss(h, torch.zeros_like(h))),
+    "cross entropy with logits": features(
+        lambda h: h * F.binary_cross_entropy_with_logits(h, torch.ones(16).expand(h.shape), torch.ones(16))
+    ),
+    "norm of matrices": features(
+        lambda h: h * torch.linalg.matrix_norm(h[:, :, None, None] * torch.ones(3, 3))
+    ),
     "chunks as heads": sequences(lambda h: torch.cat([c.softmax(1) for c in h.chunk(4, -1)], -1)),
 }
 
@@ -506,6 +519,13 @@ def test_places_are_no_mean() -> None:
     """What is made of whole numbers is averaged as what it becomes, not before."""
     model = Net(lambda s, x: s.fc2(s.fc1(x).tanh()).argmax(-1).double(), fc1=nn.Linear(8, 16), fc2=nn.Linear(16, 5))
     assert gs.partition(model, torch.randn(2, 8), k=2).verify().ok
+
+
+def test_a_refusal_without_a_reason_of_its_own_names_the_op() -> None:
+    """A weight that is no parameter has units of its own, and the activation beside it has none."""
+    model = Net(lambda s, x: s.fc2(s.w.tanh() * x), w=nn.Parameter(torch.randn(8)), fc2=nn.Linear(8, 3))
+    with pytest.raises(PartitionError, match=r"mul.Tensor keeps units whole \(.*test_rules.py"):
+        gs.partition(model, torch.randn(2, 8), k=2)
 
 
 def test_an_output_of_truth_values_is_refused() -> None:

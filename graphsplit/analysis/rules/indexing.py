@@ -13,7 +13,7 @@ from graphsplit.analysis.facts import Facts, Path, argument, indexed, rolled, ru
 from graphsplit.analysis.inference import Inference, whole
 from graphsplit.analysis.rules.pointwise import align, meet
 from graphsplit.analysis.units import Factors, Ids, varying
-from graphsplit.graphs import node_arg, node_list_arg
+from graphsplit.graphs import base_name, node_arg, node_list_arg
 
 
 @rule("operator.getitem")
@@ -121,11 +121,18 @@ def split(inference: Inference, node: fx.Node) -> Facts:
     return Facts(list(pieces), linear=(x,), keeps_zero=True, whole=next(filter(None, reasons), None))
 
 
-@rule("cat.default", "concat.default", "concatenate.default")
+# Which dimension of tensors of full rank these join.
+STACKS = {"vstack": 0, "row_stack": 0, "hstack": 1, "column_stack": 1, "dstack": 2}
+
+
+@rule(*(f"{name}.default" for name in ("cat", "concat", "concatenate", *STACKS)))
 def cat(inference: Inference, node: fx.Node) -> Facts:
     """Tensors one after the other; entries without units (inputs, zeros) are shared."""
     rank = node.meta["value"].ndim
-    dim = int(argument(node, 1, "dim", 0)) % rank
+    name = base_name(node)
+    if name in STACKS and any(len(inference.shape(tensor)) < max(rank, 2) for tensor in node_list_arg(node)):
+        return whole(inference, node, f"{name} of tensors that get further dimensions")
+    dim = STACKS[name] if name in STACKS else int(argument(node, 1, "dim", 0)) % rank
     # An empty vector (the start of a cache) may stand beside tensors of any rank.
     parts: list[tuple[Path, fx.Node]] = [
         ((0, place), tensor) for place, tensor in enumerate(node_list_arg(node))

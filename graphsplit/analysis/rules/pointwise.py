@@ -8,7 +8,7 @@ from torch import fx
 from graphsplit.analysis.facts import Facts, Path, argument, rule
 from graphsplit.analysis.inference import Inference, operands
 from graphsplit.analysis.units import Factors, Ids, seen_by, varying
-from graphsplit.graphs import base_name, node_arg
+from graphsplit.graphs import base_name, node_arg, node_list_arg
 
 # One tensor in, one of the same shape out, each entry by itself.
 UNARY = [
@@ -38,7 +38,7 @@ NARY = [
     "clamp_max", "clip", "fill", "copy", "heaviside", "complex", "polar", "logaddexp2", "fmax", "fmin",
     "float_power", "ldexp", "nextafter", "isclose", "gcd", "lcm", "bitwise_left_shift",
     "bitwise_right_shift", "__lshift__", "__rshift__", "special_xlog1py", "special_xlogy", "special_zeta",
-    "arctan2", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss",
+    "arctan2",
 ]  # fmt: skip
 
 # Zero in, zero out: such an op keeps cross weights at zero.
@@ -275,6 +275,16 @@ def expand_as(inference: Inference, node: fx.Node) -> Facts:
     assert isinstance(operand, fx.Node) and isinstance(other, fx.Node)
     factors, expects = align(inference, len(inference.shape(other)), [((0,), operand), ((1,), other)])
     return Facts(factors, expects, linear=(operand,) if inference.is_common(other) else (), keeps_zero=True)
+
+
+@rule("broadcast_tensors.default")
+def broadcast(inference: Inference, node: fx.Node) -> Facts:
+    """Tensors expanded to one shape."""
+    parts: list[tuple[Path, fx.Node]] = [((0, place), x) for place, x in enumerate(node_list_arg(node))]
+    values = node.meta["value"]
+    factors, expects = align(inference, values[0].ndim, parts)
+    linear = tuple(x for _, x in parts if not inference.is_common(x))
+    return Facts([factors] * len(values), expects, linear=linear, keeps_zero=True)
 
 
 @rule("glu.default")

@@ -8,7 +8,8 @@ from typing import Any
 from torch import fx
 
 from graphsplit.analysis.facts import Facts, argument, rule
-from graphsplit.analysis.inference import Inference, whole
+from graphsplit.analysis.inference import Inference, operands
+from graphsplit.analysis.rules.pointwise import align
 from graphsplit.analysis.units import Ids, varying
 from graphsplit.graphs import base_name, node_arg, overload_of
 
@@ -28,16 +29,18 @@ def _dims(value: Any, rank: int) -> list[int]:
     "prod.default", "all.default", "any.default", "var.default", "std.default", "argmax.default",
     "argmin.default", "sum.dim_IntList", "mean.dim", "var.dim", "var.correction", "std.dim", "std.correction",
     "logsumexp.default", "linalg_vector_norm.default", "norm.ScalarOpt_dim", "norm.Scalar", "all.dim",
-    "any.dim", "prod.dim_int", "nansum.default", "count_nonzero.default",
+    "any.dim", "prod.dim_int", "nansum.default", "count_nonzero.default", "linalg_norm.default",
+    "linalg_norm.ord_str", "linalg_matrix_norm.default", "linalg_matrix_norm.str_ord", "all.dims", "any.dims",
+    "count_nonzero.dim_IntList", "nanmean.default",
 )  # fmt: skip
 def reduce(inference: Inference, node: fx.Node) -> Facts:
     """Dimensions that vanish (or stay with size 1). Along units, each sub-model reduces its own."""
     x = node_arg(node)
     shape = inference.shape(x)
     name = base_name(node)
-    place = {"linalg_vector_norm": 2, "norm": 2}.get(name, 1)
+    place = 2 if name.endswith("norm") else 1
     takes_dim = len(overload_of(node)._schema.arguments) > 1
-    dim = argument(node, place, "dim") if takes_dim else None
+    dim = argument(node, place, "dim", [-2, -1] if "matrix" in name else None) if takes_dim else None
     if name in ("var", "std") and isinstance(dim, bool):
         dim = None
     return _reduced(inference, x, _dims(dim, len(shape)), node.meta["value"].ndim, name)
@@ -149,11 +152,23 @@ def order(inference: Inference, node: fx.Node) -> Facts:
     return Facts([factors, factors] if several else factors, whole=reason)
 
 
+@rule(
+    *(f"{name}.default" for name in ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "kl_div")),
+    "binary_cross_entropy.default", "binary_cross_entropy_with_logits.default", "soft_margin_loss.default",
+)  # fmt: skip
+def loss(inference: Inference, node: fx.Node) -> Facts:
+    """``f(a, b)`` entry by entry, or the mean or sum of all entries: each sub-model has that of its own."""
+    parts = list(operands(node))
+    rank = max(len(inference.shape(part)) for _, part in parts)
+    factors, expects = align(inference, rank, parts)
+    if node.meta["value"].ndim == rank:
+        return Facts(factors, expects)
+    return Facts((), expects, mixes=[(ids, varying(ids)) for ids in factors])
+
+
 @rule("cosine_similarity.default")
 def cosine_similarity(inference: Inference, node: fx.Node) -> Facts:
     """Angle along one dimension: each sub-model has that of its own units."""
-    from graphsplit.analysis.rules.pointwise import align
-
     a, b = node.args[:2]
     assert isinstance(a, fx.Node) and isinstance(b, fx.Node)
     rank = max(len(inference.shape(a)), len(inference.shape(b)))
