@@ -191,7 +191,9 @@ SPLIT: dict[str, Case] = {
     "windows over the features of each head": features(
         lambda h: F.max_pool1d(h.unflatten(-1, (4, 4)), 2).flatten(1), 8
     ),
-    "broadcast_tensors": sequences(lambda h: sum(torch.broadcast_tensors(h, h[:, :1].tanh(), torch.ones(16)))),  # type: ignore[arg-type]
+    "broadcast_tensors": sequences(
+        lambda h: sum(torch.broadcast_tensors(h, h[:, :1].tanh(), torch.ones(16)))
+    ),  # type: ignore[arg-type]
     "hstack": features(lambda h: torch.hstack([h, h * 2]), 32),
     "vstack": sequences(lambda h: torch.vstack([h, h.tanh()])[:2]),
     "dstack": sequences(lambda h: torch.dstack([h, h.tanh()]), 32),
@@ -204,6 +206,24 @@ SPLIT: dict[str, Case] = {
     "norm of matrices": features(
         lambda h: h * torch.linalg.matrix_norm(h[:, :, None, None] * torch.ones(3, 3))
     ),
+    "slopes that are not learned": maps(lambda h: F.prelu(h, torch.linspace(0.1, 0.8, 8))),
+    "grid_sample of channels one by one": maps(
+        lambda h: affine_grid(h.flatten(0, 1)[:, None].expand(-1, 8, -1, -1))[:, 0].unflatten(0, (-1, 8))
+    ),
+    "fliplr": features(lambda h: h.fliplr().relu()),
+    "ravel and atleast_3d": features(lambda h: torch.atleast_3d(h.ravel().view(h.shape)).tanh()[..., 0]),
+    "broadcast_to": sequences(lambda h: h[:, :1].broadcast_to(h.shape).tanh()),
+    "aminmax": sequences(lambda h: h * h.aminmax(dim=1, keepdim=True).max),
+    "kthvalue": sequences(lambda h: h * h.kthvalue(2, 1, keepdim=True).values),
+    "median": features(lambda h: h * h.median()),
+    "cross entropy": features(
+        lambda h: h * F.cross_entropy(h.mean(-1, keepdim=True) * torch.arange(4), torch.tensor([1, 2]))
+    ),
+    "pairwise_distance": features(lambda h: h * F.pairwise_distance(h, h.tanh(), keepdim=True)),
+    "vecdot": sequences(lambda h: torch.linalg.vecdot(h, h.tanh(), dim=1)[:, None] * h),
+    "unsafe_split": features(lambda h: torch.cat(torch.unsafe_split(h, 8, 1)[::-1], 1)),
+    "singular values": features(lambda h: torch.linalg.svdvals(h.view(-1, 4, 2, 2)).flatten(1), 8),
+    "determinant": features(lambda h: torch.linalg.slogdet(h.view(-1, 4, 2, 2)).logabsdet, 4),
     "chunks as heads": sequences(lambda h: torch.cat([c.softmax(1) for c in h.chunk(4, -1)], -1)),
 }
 
@@ -222,6 +242,16 @@ LAYERS: dict[str, tuple[Case, float]] = {
         (
             lambda: Net(
                 lambda s, x: s.fc2(torch.tensordot(s.fc1(x), s.w, dims=1)),
+                fc1=nn.Linear(8, 16), w=nn.Parameter(torch.randn(16, 16)), fc2=nn.Linear(16, 3),
+            ),
+            lambda: torch.randn(2, 8),
+        ),
+        0.4,
+    ),
+    "inner": (
+        (
+            lambda: Net(
+                lambda s, x: s.fc2(torch.inner(s.fc1(x), s.w)),
                 fc1=nn.Linear(8, 16), w=nn.Parameter(torch.randn(16, 16)), fc2=nn.Linear(16, 3),
             ),
             lambda: torch.randn(2, 8),
@@ -517,7 +547,9 @@ def test_units_of_a_slice_are_dealt_out_by_themselves() -> None:
 
 def test_places_are_no_mean() -> None:
     """What is made of whole numbers is averaged as what it becomes, not before."""
-    model = Net(lambda s, x: s.fc2(s.fc1(x).tanh()).argmax(-1).double(), fc1=nn.Linear(8, 16), fc2=nn.Linear(16, 5))
+    model = Net(
+        lambda s, x: s.fc2(s.fc1(x).tanh()).argmax(-1).double(), fc1=nn.Linear(8, 16), fc2=nn.Linear(16, 5)
+    )
     assert gs.partition(model, torch.randn(2, 8), k=2).verify().ok
 
 
@@ -530,5 +562,5 @@ def test_a_refusal_without_a_reason_of_its_own_names_the_op() -> None:
 
 def test_an_output_of_truth_values_is_refused() -> None:
     model = Net(lambda s, x: s.fc2(s.fc1(x).tanh()) > 0, fc1=nn.Linear(8, 16), fc2=nn.Linear(16, 5))
-    with pytest.raises(PartitionError, match="is of type torch.bool"):
+    with pytest.raises(PartitionError, match=r"is of type torch\.bool"):
         gs.partition(model, torch.randn(2, 8), k=2).verify()

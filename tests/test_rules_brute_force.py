@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
 import sys
 import types
 import unittest
@@ -38,6 +37,8 @@ def op_infos() -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from torch.testing._internal import common_methods_invocations as table
+    # Ops with noise are wrapped in a function that seeds before it calls; a graph has no such call.
+    table.wrapper_set_seed = lambda op, *args, **kwargs: op(*args, **kwargs)  # type: ignore[assignment]
     return {
         f"{op.name} {op.variant_test_name}".strip(): op for op in table.op_db if torch.float64 in op.dtypes
     }
@@ -154,8 +155,7 @@ class Between(nn.Module):
             batch = self.example[0].shape[0]
             self.first = [int(role.dim > 0 and y.dim() > 1 and y.shape[0] == batch) for y in results]
             self.heads = nn.ModuleList(
-                nn.Linear(y.flatten(first).shape[-1], 2)
-                for y, first in zip(results, self.first, strict=True)
+                nn.Linear(y.flatten(first).shape[-1], 2) for y, first in zip(results, self.first, strict=True)
             )
 
     def operand(self, place: int, role: Role | None, inputs: Iterator[Tensor]) -> Any:
@@ -268,7 +268,11 @@ def judge(case: Case, k: int = 2) -> Finding:
     assert certificate.ok and certificate.max_error < BOUND, f"{case}: {certificate}"
     error = gradient_error(part, example)
     assert error < BOUND, f"{case}: gradients of the inputs differ by {error:.1e}"
-    return Finding("whole", "; ".join(part.analysis.kept_whole)) if part.analysis.kept_whole else Finding("split")
+    return (
+        Finding("whole", "; ".join(part.analysis.kept_whole))
+        if part.analysis.kept_whole
+        else Finding("split")
+    )
 
 
 def gradient_error(part: gs.Partition, inputs: tuple[Tensor, ...]) -> float:
@@ -278,10 +282,18 @@ def gradient_error(part: gs.Partition, inputs: tuple[Tensor, ...]) -> float:
         found = _gradients(module, inputs)
         if not _same(found, _gradients(module, inputs, seed=1)):
             return 0.0  # noise: every model draws its own
-        means = [a + b / part.k for a, b in zip(means, found, strict=True)] if means else [y / part.k for y in found]
+        means = (
+            [a + b / part.k for a, b in zip(means, found, strict=True)]
+            if means
+            else [y / part.k for y in found]
+        )
     merged = _gradients(part.merge(), inputs)
     return max(
-        (float((a - b).abs().max()) / max(1.0, float(b.abs().max())) for a, b in zip(merged, means, strict=True) if b.numel()),
+        (
+            float((a - b).abs().max()) / max(1.0, float(b.abs().max()))
+            for a, b in zip(merged, means, strict=True)
+            if b.numel()
+        ),
         default=0.0,
     )
 

@@ -139,7 +139,9 @@ def local_value(kinds: Kinds, node: fx.Node, part: int) -> Any:
     return value
 
 
-@localizer("view.default", "reshape.default", "_unsafe_view.default", "expand.default")
+@localizer(
+    "view.default", "reshape.default", "_unsafe_view.default", "expand.default", "broadcast_to.default"
+)
 def _sizes(local: Local) -> Change:
     x, sizes = local.args[:2]
     return local.node.target, (x, local.sizes(sizes), *local.args[2:]), local.kwargs
@@ -218,6 +220,8 @@ def _convolution(local: Local) -> Change:
     "chunk.default",
     "tensor_split.sections",
     "tensor_split.indices",
+    "unsafe_split.Tensor",
+    "unsafe_chunk.default",
 )
 def _split(local: Local) -> Change:
     x = meta_of(node_arg(local.node))

@@ -78,15 +78,25 @@ def trace(
     args, kwargs = as_call(args, kwargs)
     kept = None if outputs is None else tuple(outputs)
     call = _Call.of(model, args, kwargs, outputs=kept)
+    try:
+        program = _trace(model, call, dynamic)
+    except InputError:
+        if not call.doubled:
+            raise
+    else:
+        if not call.doubled or all(meta.dims[0].symbol for meta in program.signature.inputs if meta.dims):
+            return program
+    # The one example cannot stand twice: the first dimension is no batch, or the model fixes its size.
+    return _trace(model, _Call.of(model, args, kwargs, outputs=kept, double=False), dynamic)
+
+
+def _trace(model: nn.Module, call: _Call, dynamic: Mapping[str, tuple[int, ...]] | None) -> Program:
+    """`trace` of flattened example inputs, in train and in eval mode."""
+    exports = []
     with _restored(model):
-        try:
-            exports = _export_both(model, call, dynamic)
-        except InputError:
-            if not call.doubled:
-                raise
-            # The first dimension is no batch, or one that the model fixes.
-            call = _Call.of(model, args, kwargs, outputs=kept, double=False)
-            exports = _export_both(model, call, dynamic)
+        for mode in (True, False):
+            model.train(mode)
+            exports.append(_export(model, call, dynamic))
     return _assemble(model, call, *exports)
 
 
@@ -321,17 +331,6 @@ def _place(frames: Sequence[traceback.FrameSummary]) -> str | None:
     if not frames:
         return None
     return f"{frames[-1].filename}:{frames[-1].lineno} `{frames[-1].line}`"
-
-
-def _export_both(
-    model: nn.Module, call: _Call, dynamic: Mapping[str, tuple[int, ...]] | None
-) -> list[tuple[ExportedProgram, Outputs, tuple[str, ...]]]:
-    """The model in train and in eval mode."""
-    exports = []
-    for mode in (True, False):
-        model.train(mode)
-        exports.append(_export(model, call, dynamic))
-    return exports
 
 
 def _export(

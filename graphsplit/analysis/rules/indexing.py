@@ -104,6 +104,8 @@ def unbind(inference: Inference, node: fx.Node) -> Facts:
     "chunk.default",
     "tensor_split.sections",
     "tensor_split.indices",
+    "unsafe_split.Tensor",
+    "unsafe_chunk.default",
 )
 def split(inference: Inference, node: fx.Node) -> Facts:
     """Consecutive pieces of a dimension."""
@@ -298,12 +300,12 @@ def index_tensor(inference: Inference, node: fx.Node) -> Facts:
     return Facts(tuple(outputs), linear=(x,), keeps_zero=True, whole=reason)
 
 
-@rule("flip.default")
+@rule("flip.default", "fliplr.default", "flipud.default")
 def flip(inference: Inference, node: fx.Node) -> Facts:
     """The other way round along some dimensions."""
     x = node_arg(node)
     rank = len(inference.shape(x))
-    dims: Any = node.args[1]
+    dims: Any = {"fliplr": [1], "flipud": [0]}.get(base_name(node)) or node.args[1]
     outputs = []
     for ids in inference.factors(x):
         for dim in dims:
