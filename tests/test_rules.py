@@ -396,6 +396,39 @@ LAYERS: dict[str, tuple[Case, float]] = {
         )
         for name, op in OF_WEIGHTS.items()
     },
+    "a mask of as many examples as there are": (
+        (
+            lambda: Net(
+                lambda s, x: s.fc2(
+                    s.fc1(x.index_put((torch.tensor([True, False]),), torch.tensor(0.1))).tanh()
+                ),
+                fc1=nn.Linear(8, 16), fc2=nn.Linear(16, 3),
+            ),
+            lambda: torch.randn(2, 8),
+        ),
+        0.52,
+    ),
+    **{
+        f"attention to values alone, {name}": (
+            (
+                functools.partial(
+                    lambda lead: Net(
+                        lambda s, x: s.fc2(
+                            F.scaled_dot_product_attention(
+                                torch.eye(6, 3).expand(*lead, 6, 3), torch.ones(*lead, 6, 3),
+                                s.fc1(x).movedim(-1, 1).unflatten(-1, (6, 3)),
+                            ).flatten(2).movedim(1, -1).mean(1)
+                        ),
+                        fc1=nn.Linear(8, 16), fc2=nn.Linear(16, 3),
+                    ),
+                    lead,
+                ),
+                lambda: torch.randn(2, 18, 8),
+            ),
+            0.52,
+        )
+        for name, lead in (("queries of their own", (2, 16)), ("the same queries", (1, 1)))
+    },
     "a layer added to a product": (
         (
             lambda: Net(
@@ -558,6 +591,25 @@ def test_a_refusal_without_a_reason_of_its_own_names_the_op() -> None:
     model = Net(lambda s, x: s.fc2(s.w.tanh() * x), w=nn.Parameter(torch.randn(8)), fc2=nn.Linear(8, 3))
     with pytest.raises(PartitionError, match=r"mul.Tensor keeps units whole \(.*test_rules.py"):
         gs.partition(model, torch.randn(2, 8), k=2)
+
+
+@pytest.mark.parametrize("make", [lambda: torch.eye(16, 4), lambda: torch.hann_window(16)[:, None]])
+def test_a_constant_of_the_default_dtype_is_one_of_float64_in_the_certificate(
+    make: Callable[[], Tensor],
+) -> None:
+    model = Net(
+        lambda s, x: s.fc2(s.fc1(x) @ make()), fc1=nn.Linear(8, 16), fc2=nn.Linear(make().shape[1], 3)
+    )
+    assert gs.partition(model, torch.randn(2, 8), k=2).verify().ok
+
+
+def test_entries_that_are_written_over_may_be_dealt_out() -> None:
+    """The rest of what is written into is an output, and shared."""
+    model = Net(
+        lambda s, x: torch.slice_scatter(s.w, s.fc1(x).T, 0, 0, 32, 2),
+        fc1=nn.Linear(8, 16), w=nn.Parameter(torch.randn(32, 2)),
+    )  # fmt: skip
+    assert gs.partition(model, torch.randn(2, 8), k=2).verify().ok
 
 
 def test_an_output_of_truth_values_is_refused() -> None:

@@ -384,7 +384,7 @@ def _scatter(local: Local) -> Change:
     assert base is not None and piece is not None
     dim = int(argument(local.node, 2, "dim", 0)) % len(base.shape)
     out = local.output.cuts[dim]
-    if out is None:
+    if out is None and base.cuts[dim] is None:
         return local.node.target, local.args, local.kwargs
     x, y = local.args[:2]
     written = written_places(local.node, base.shape[dim])
@@ -392,7 +392,8 @@ def _scatter(local: Local) -> Change:
         meta = meta_of(y)
         grown = TensorMeta((*meta.dims[:dim], Dim(1), *meta.dims[dim:]), meta.dtype, meta.device)
         y = local.build.call(aten.unsqueeze.default, (y, dim), grown)
-    here = local.indices(out)
+    # Entries of the base that are written over may be dealt out where none of the result is.
+    here = np.arange(base.shape[dim]) if out is None else local.indices(out)
     inside = np.isin(here, written)
     source = np.full(base.shape[dim], -1)
     source[written] = np.arange(written.size)

@@ -454,6 +454,8 @@ def inner(inference: Inference, node: fx.Node) -> Facts:
     """``y[..., ...'] = a[..., k] b[...', k]``; the outer product of vectors sums over nothing."""
     a, b = node_arg(node), node_arg(node, 1)
     left, right = (len(inference.shape(operand)) for operand in (a, b))
+    if not left or not right:
+        return whole(inference, node, "an inner product with a scalar")
     first, second = LETTERS[:left], LETTERS.upper()[:right]
     output = first + second
     if base_name(node) == "inner":

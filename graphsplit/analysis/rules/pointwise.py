@@ -227,7 +227,7 @@ def nary(inference: Inference, node: fx.Node) -> Facts:
 
 
 def _keeps_zero(inference: Inference, node: fx.Node, name: str) -> bool:
-    """Is the result zero wherever an operand between two axes is? Of a quotient, the dividend alone may be."""
+    """Is the result zero wherever an operand between two axes is? Of a quotient, the dividend may be."""
     if name not in KEEPS_ZERO:
         return False
     return name in LINEAR_IN_ONE or all(len(inference.factors(divisor)) < 2 for divisor in node.args[1:])
