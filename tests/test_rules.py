@@ -182,6 +182,9 @@ SPLIT: dict[str, Case] = {
     ),
     # Types and sizes at the edge.
     "places as numbers": features(lambda h: h * h.argmax(1, keepdim=True).to(h.dtype)),
+    "an index of nothing": features(
+        lambda h: torch.cat([h[:, :0].index_select(1, torch.arange(0)), h.relu()], 1)
+    ),
     "an empty piece": features(lambda h: torch.cat([h[:0].flatten(), h.flatten()]).view(-1, 16)),
     "sorted features of each head": features(lambda h: h.unflatten(-1, (4, 4)).sort(-1).values.flatten(1)),
     "largest features of each head": features(

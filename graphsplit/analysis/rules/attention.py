@@ -47,7 +47,7 @@ def attention(inference: Inference, node: fx.Node) -> Facts:
     facts.contracts = []
     facts.expects |= result.facts.expects
     facts.outputs = result.facts.outputs
-    facts.whole = "causal attention over units" if lost else None
+    facts.whole = "causal attention over units" if lost else facts.whole or result.facts.whole
     return facts
 
 

@@ -278,6 +278,8 @@ def index_tensor(inference: Inference, node: fx.Node) -> Facts:
     values = [index.meta["value"] for index in indices if index is not None]
     if any(value.dtype in (torch.bool, torch.uint8) for value in values):
         return whole(inference, node, "an index by a mask")
+    if 0 in inference.shape(x):
+        return Facts((), linear=(x,), keeps_zero=True)  # an empty tensor belongs to nobody
     shape = np.broadcast_shapes(*(value.shape for value in values))
     known = None
     if len(places) == 1 and len(shape) == 1:
