@@ -182,6 +182,7 @@ SPLIT: dict[str, Case] = {
     ),
     # Types and sizes at the edge.
     "places as numbers": features(lambda h: h * h.argmax(1, keepdim=True).to(h.dtype)),
+    "an index into a scalar": features(lambda h: h * h.mean().index_select(0, torch.tensor([0]))),
     "an index of nothing": features(
         lambda h: torch.cat([h[:, :0].index_select(1, torch.arange(0)), h.relu()], 1)
     ),

@@ -12,7 +12,7 @@ from torch import fx
 from graphsplit.analysis.facts import Facts, Path, argument, indexed, rolled, rule, written_places
 from graphsplit.analysis.inference import Inference, whole
 from graphsplit.analysis.rules.pointwise import align, meet
-from graphsplit.analysis.units import Factors, Ids, varying
+from graphsplit.analysis.units import SHARED, Factors, Ids, varying
 from graphsplit.graphs import base_name, node_arg, node_list_arg
 
 
@@ -34,8 +34,11 @@ def _take(ids: Ids, dim: int, index: int | slice) -> Ids:
         return ids
     lead = (slice(None),) * dim
     cut = ids[(*lead, index)]
-    # An empty slice has units along its other dimensions.
-    return cut if cut.shape[dim] else ids[(*lead, slice(0, 1))]
+    if cut.shape[dim]:
+        return cut
+    # An empty slice has units along its other dimensions, or none.
+    first = ids[(*lead, slice(0, 1))]
+    return first if varying(first) else np.full_like(first, SHARED)
 
 
 def cut(inference: Inference, node: fx.Node, index: Any, position: int = 1) -> Facts:
@@ -59,7 +62,7 @@ ONE_UNIT = "one unit is taken by itself"
 def _alone(before: Factors, after: Factors) -> str | None:
     """A reason where a piece holds one unit alone, which is then in every sub-model."""
     pairs = zip(before, after, strict=True)
-    return ONE_UNIT if any(varying(ids) and not varying(own) for ids, own in pairs) else None
+    return ONE_UNIT if any(varying(ids) and not varying(own) and own.any() for ids, own in pairs) else None
 
 
 @rule("slice.Tensor")
@@ -268,6 +271,10 @@ def index_tensor(inference: Inference, node: fx.Node) -> Facts:
     """``x[index, ...]``: indexed dimensions are whole, unless the indices are constants; the others stay."""
     x = node_arg(node)
     rank = len(inference.shape(x))
+    if not rank or 0 in inference.shape(x):
+        return Facts(
+            (), linear=(x,), keeps_zero=True
+        )  # a scalar has no dimensions, and an empty tensor nothing
     indices: Any = node.args[1]
     if not isinstance(indices, (list, tuple)):
         dim, index = indexed(node, rank)
@@ -278,8 +285,6 @@ def index_tensor(inference: Inference, node: fx.Node) -> Facts:
     values = [index.meta["value"] for index in indices if index is not None]
     if any(value.dtype in (torch.bool, torch.uint8) for value in values):
         return whole(inference, node, "an index by a mask")
-    if 0 in inference.shape(x):
-        return Facts((), linear=(x,), keeps_zero=True)  # an empty tensor belongs to nobody
     shape = np.broadcast_shapes(*(value.shape for value in values))
     known = None
     if len(places) == 1 and len(shape) == 1:
