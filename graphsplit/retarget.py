@@ -14,12 +14,6 @@ from graphsplit.program import Program, TensorMeta, op_name
 
 aten = torch.ops.aten
 
-FACTORIES = {
-    aten.zeros.default, aten.ones.default, aten.full.default, aten.empty.memory_format, aten.rand.default,
-    aten.randn.default, aten.arange.default, aten.arange.start, aten.arange.start_step, aten.linspace.default,
-    aten.eye.default, aten.scalar_tensor.default,
-}  # fmt: skip
-
 # Draw random numbers of a tensor's shape, or of a given one.
 NOISE_LIKE = {"rand_like.default", "randn_like.default", "bernoulli.p", "bernoulli.default",
               "normal_functional.default", "uniform.default", "exponential.default"}  # fmt: skip
@@ -58,15 +52,19 @@ def retarget_graph(
         value = node.meta.get("value")
         node.args = tuple(swap(argument) for argument in node.args)
         kwargs = {name: swap(argument) for name, argument in node.kwargs.items()}
-        if (
-            node.target in FACTORIES
-            and isinstance(value, TensorMeta)
-            and dtype_of(value.dtype) != value.dtype
-        ):
+        if _creates(node) and isinstance(value, TensorMeta) and dtype_of(value.dtype) != value.dtype:
             kwargs["dtype"] = dtype_of(value.dtype)
         node.kwargs = kwargs
         node.meta["value"] = tuple(map(swap, value)) if isinstance(value, tuple) else swap(value)
     return copied
+
+
+def _creates(node: fx.Node) -> bool:
+    """Does an op make a tensor of no other, of the default dtype where none is given?"""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    takes_dtype = any(argument.name == "dtype" for argument in node.target._schema.arguments)
+    return takes_dtype and not any(isinstance(x.meta.get("value"), TensorMeta) for x in node.all_input_nodes)
 
 
 def without_noise(graph: fx.Graph) -> fx.Graph:

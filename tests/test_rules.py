@@ -180,7 +180,64 @@ SPLIT: dict[str, Case] = {
     "unbind and stack of heads": sequences(
         lambda h: heads(h, lambda found: torch.stack(found, 2).flatten(2))
     ),
+    # Types and sizes at the edge.
+    "places as numbers": features(lambda h: h * h.argmax(1, keepdim=True).to(h.dtype)),
+    "an index into a scalar": features(lambda h: h * h.mean().index_select(0, torch.tensor([0]))),
+    "an index of nothing": features(
+        lambda h: torch.cat([h[:, :0].index_select(1, torch.arange(0)), h.relu()], 1)
+    ),
+    "an empty piece": features(lambda h: torch.cat([h[:0].flatten(), h.flatten()]).view(-1, 16)),
+    "sorted features of each head": features(lambda h: h.unflatten(-1, (4, 4)).sort(-1).values.flatten(1)),
+    "largest features of each head": features(
+        lambda h: h.unflatten(-1, (4, 4)).topk(2, -1).values.flatten(1), 8
+    ),
+    "a triangle of each head": features(lambda h: h.view(-1, 4, 2, 2).tril().flatten(1)),
+    "windows over the features of each head": features(
+        lambda h: F.max_pool1d(h.unflatten(-1, (4, 4)), 2).flatten(1), 8
+    ),
+    "broadcast_tensors": sequences(
+        lambda h: sum(torch.broadcast_tensors(h, h[:, :1].tanh(), torch.ones(16)))
+    ),  # type: ignore[arg-type]
+    "hstack": features(lambda h: torch.hstack([h, h * 2]), 32),
+    "vstack": sequences(lambda h: torch.vstack([h, h.tanh()])[:2]),
+    "dstack": sequences(lambda h: torch.dstack([h, h.tanh()]), 32),
+    "column_stack": features(lambda h: torch.column_stack([h, h.tanh()]), 32),
+    "a loss of entries": features(lambda h: F.mse_loss(h, h.detach().tanh(), reduction="none")),
+    "a loss": features(lambda h: h * F.smooth_l1_loss(h, torch.zeros_like(h))),
+    "cross entropy with logits": features(
+        lambda h: h * F.binary_cross_entropy_with_logits(h, torch.ones(16).expand(h.shape), torch.ones(16))
+    ),
+    "norm of matrices": features(
+        lambda h: h * torch.linalg.matrix_norm(h[:, :, None, None] * torch.ones(3, 3))
+    ),
+    "slopes that are not learned": maps(lambda h: F.prelu(h, torch.linspace(0.1, 0.8, 8))),
+    "grid_sample of channels one by one": maps(
+        lambda h: affine_grid(h.flatten(0, 1)[:, None].expand(-1, 8, -1, -1))[:, 0].unflatten(0, (-1, 8))
+    ),
+    "fliplr": features(lambda h: h.fliplr().relu()),
+    "ravel and atleast_3d": features(lambda h: torch.atleast_3d(h.ravel().view(h.shape)).tanh()[..., 0]),
+    "broadcast_to": sequences(lambda h: h[:, :1].broadcast_to(h.shape).tanh()),
+    "aminmax": sequences(lambda h: h * h.aminmax(dim=1, keepdim=True).max),
+    "kthvalue": sequences(lambda h: h * h.kthvalue(2, 1, keepdim=True).values),
+    "median": features(lambda h: h * h.median()),
+    "cross entropy": features(
+        lambda h: h * F.cross_entropy(h.mean(-1, keepdim=True) * torch.arange(4), torch.tensor([1, 2]))
+    ),
+    "pairwise_distance": features(lambda h: h * F.pairwise_distance(h, h.tanh(), keepdim=True)),
+    "vecdot": sequences(lambda h: torch.linalg.vecdot(h, h.tanh(), dim=1)[:, None] * h),
+    "unsafe_split": features(lambda h: torch.cat(torch.unsafe_split(h, 8, 1)[::-1], 1)),
+    "singular values": features(lambda h: torch.linalg.svdvals(h.view(-1, 4, 2, 2)).flatten(1), 8),
+    "determinant": features(lambda h: torch.linalg.slogdet(h.view(-1, 4, 2, 2)).logabsdet, 4),
     "chunks as heads": sequences(lambda h: torch.cat([c.softmax(1) for c in h.chunk(4, -1)], -1)),
+}
+
+# Not zero where a weight is: the weights between units of two sub-models must not come in.
+OF_WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "an inverse": lambda w: 1 / (2 + w.abs()),
+    "a quotient by": lambda w: 1 / w,
+    "a quotient": lambda w: w / w.exp(),
+    "a clamp": lambda w: F.hardtanh(w, 0.1, 0.7),
+    "a complex number": lambda w: torch.complex(w, torch.ones(1, dtype=w.dtype)).abs(),
 }
 
 # The bound of a part at K = 2: one layer's features are divided (a half), or weights between units as well (a third).
@@ -189,6 +246,16 @@ LAYERS: dict[str, tuple[Case, float]] = {
         (
             lambda: Net(
                 lambda s, x: s.fc2(torch.tensordot(s.fc1(x), s.w, dims=1)),
+                fc1=nn.Linear(8, 16), w=nn.Parameter(torch.randn(16, 16)), fc2=nn.Linear(16, 3),
+            ),
+            lambda: torch.randn(2, 8),
+        ),
+        0.4,
+    ),
+    "inner": (
+        (
+            lambda: Net(
+                lambda s, x: s.fc2(torch.inner(s.fc1(x), s.w)),
                 fc1=nn.Linear(8, 16), w=nn.Parameter(torch.randn(16, 16)), fc2=nn.Linear(16, 3),
             ),
             lambda: torch.randn(2, 8),
@@ -317,6 +384,55 @@ LAYERS: dict[str, tuple[Case, float]] = {
         )
         for mode in ("sum", "mean", "max")
     },
+    **{
+        f"{name} of a weight": (
+            (
+                functools.partial(
+                    lambda op: Net(
+                        lambda s, x: s.fc2(F.linear(s.fc1(x), op(s.w))), fc1=nn.Linear(8, 16),
+                        w=nn.Parameter(torch.rand(16, 16) + 0.5), fc2=nn.Linear(16, 3),
+                    ),
+                    op,
+                ),
+                lambda: torch.randn(2, 8),
+            ),
+            0.4,
+        )
+        for name, op in OF_WEIGHTS.items()
+    },
+    "a mask of as many examples as there are": (
+        (
+            lambda: Net(
+                lambda s, x: s.fc2(
+                    s.fc1(x.index_put((torch.tensor([True, False]),), torch.tensor(0.1))).tanh()
+                ),
+                fc1=nn.Linear(8, 16), fc2=nn.Linear(16, 3),
+            ),
+            lambda: torch.randn(2, 8),
+        ),
+        0.52,
+    ),
+    **{
+        f"attention to values alone, {name}": (
+            (
+                functools.partial(
+                    lambda lead: Net(
+                        lambda s, x: s.fc2(
+                            F.scaled_dot_product_attention(
+                                torch.eye(6, 3).expand(*lead, 6, 3), torch.ones(*lead, 6, 3),
+                                s.fc1(x).movedim(-1, 1).unflatten(-1, (6, 3)),
+                            ).flatten(2).movedim(1, -1).mean(1)
+                        ),
+                        fc1=nn.Linear(8, 16), fc2=nn.Linear(16, 3),
+                    ),
+                    lead,
+                ),
+                lambda: torch.randn(2, 18, 8),
+            ),
+            0.52,
+        )
+        for name, lead in (("queries of their own", (2, 16)), ("the same queries", (1, 1)))
+    },
     "a layer added to a product": (
         (
             lambda: Net(
@@ -408,6 +524,26 @@ WHOLE: dict[str, tuple[Case, str]] = {
         ),
         "an outer product of units is flattened",
     ),
+    "weights of a bias": (
+        (
+            lambda: Net(
+                lambda s, x: s.fc2(F.linear(x, torch.ones(16, 8), s.fc1(torch.ones(8)))),
+                fc1=nn.Linear(8, 16), fc2=nn.Linear(16, 3),
+            ),
+            lambda: torch.randn(2, 8),
+        ),
+        "a bias of units is added to a product that has none",
+    ),
+    "a weight made of one entry": (
+        (
+            lambda: Net(
+                lambda s, x: s.fc2(F.linear(s.fc1(x), s.w.expand(4, 16))),
+                fc1=nn.Linear(8, 16), w=nn.Parameter(torch.ones(1, 1)), fc2=nn.Linear(4, 1),
+            ),
+            lambda: torch.randn(2, 8),
+        ),
+        "a sum over units against a tensor that has none",
+    ),
     "a matrix of units": (
         features(lambda h: torch.matrix_exp(h.view(-1, 4, 4) * 0.1).flatten(1)), "a matrix of units"
     ),
@@ -444,3 +580,43 @@ def test_units_of_a_slice_are_dealt_out_by_themselves() -> None:
     part = gs.partition(make(), inputs(), k=2)
     sizes = sorted((axis.size, axis.counts) for axis in part.plan.axes)
     assert sizes == [(4, (2, 2)), (12, (6, 6))]
+
+
+def test_places_are_no_mean() -> None:
+    """What is made of whole numbers is averaged as what it becomes, not before."""
+    model = Net(
+        lambda s, x: s.fc2(s.fc1(x).tanh()).argmax(-1).double(), fc1=nn.Linear(8, 16), fc2=nn.Linear(16, 5)
+    )
+    assert gs.partition(model, torch.randn(2, 8), k=2).verify().ok
+
+
+def test_a_refusal_without_a_reason_of_its_own_names_the_op() -> None:
+    """A weight that is no parameter has units of its own, and the activation beside it has none."""
+    model = Net(lambda s, x: s.fc2(s.w.tanh() * x), w=nn.Parameter(torch.randn(8)), fc2=nn.Linear(8, 3))
+    with pytest.raises(PartitionError, match=r"mul.Tensor keeps units whole \(.*test_rules.py"):
+        gs.partition(model, torch.randn(2, 8), k=2)
+
+
+@pytest.mark.parametrize("make", [lambda: torch.eye(16, 4), lambda: torch.hann_window(16)[:, None]])
+def test_a_constant_of_the_default_dtype_is_one_of_float64_in_the_certificate(
+    make: Callable[[], Tensor],
+) -> None:
+    model = Net(
+        lambda s, x: s.fc2(s.fc1(x) @ make()), fc1=nn.Linear(8, 16), fc2=nn.Linear(make().shape[1], 3)
+    )
+    assert gs.partition(model, torch.randn(2, 8), k=2).verify().ok
+
+
+def test_entries_that_are_written_over_may_be_dealt_out() -> None:
+    """The rest of what is written into is an output, and shared."""
+    model = Net(
+        lambda s, x: torch.slice_scatter(s.w, s.fc1(x).T, 0, 0, 32, 2),
+        fc1=nn.Linear(8, 16), w=nn.Parameter(torch.randn(32, 2)),
+    )  # fmt: skip
+    assert gs.partition(model, torch.randn(2, 8), k=2).verify().ok
+
+
+def test_an_output_of_truth_values_is_refused() -> None:
+    model = Net(lambda s, x: s.fc2(s.fc1(x).tanh()) > 0, fc1=nn.Linear(8, 16), fc2=nn.Linear(16, 5))
+    with pytest.raises(PartitionError, match=r"is of type torch\.bool"):
+        gs.partition(model, torch.randn(2, 8), k=2).verify()

@@ -612,6 +612,19 @@ def test_batch_of_one_beside_a_number() -> None:
     assert torch.equal(module(X5, torch.tensor(3.0)), model(X5, torch.tensor(3.0)))
 
 
+def test_a_first_dimension_of_one_that_is_no_batch_is_fixed() -> None:
+    model = Net(lambda s, h: h.expand(5, -1))
+    program = gs.trace(model, X[:1])
+    assert any("fixed" in note for note in program.notes)
+    assert torch.equal(gs.emit(program)(X[:1]), model(X[:1]))
+
+
+def test_a_size_that_the_model_fixes_is_that_of_the_one_example() -> None:
+    model = Net(lambda s, h: h * 2 if h.shape[0] == 2 else h)
+    program = gs.trace(model, X[:1])
+    assert torch.equal(gs.emit(program)(X[:1]), model(X[:1]))
+
+
 def test_no_note_where_nothing_was_duplicated() -> None:
     assert gs.trace(Net(lambda s, h: h), X).notes == ()
 

@@ -95,7 +95,7 @@ def analyse(
         for node, facts in inference.facts.items()
         if facts.whole is not None
     )
-    _refuse_nothing(assignment, k, kept)
+    _refuse_nothing(inference, assignment, kept)
     kinds = classify(inference, layouts)
     plan, divided = _plan(program, inference, layouts, kinds, assignment, k)
     require_valid(inference, assignment, plan)
@@ -121,7 +121,8 @@ def _refuse_complex(program: Program) -> None:
             )
 
 
-def _refuse_nothing(assignment: Assignment, k: int, kept: tuple[str, ...]) -> None:
+def _refuse_nothing(inference: Inference, assignment: Assignment, kept: tuple[str, ...]) -> None:
+    k = inference.k
     if k == 1 or any(axis.counts for axis in assignment.axes):
         return
     if assignment.axes:
@@ -131,6 +132,9 @@ def _refuse_nothing(assignment: Assignment, k: int, kept: tuple[str, ...]) -> No
             hint=f"choose K of at most {largest.size}" if largest.size > 1 else "every axis is one unit",
         )
     reason = f"; {kept[0]}" if kept else ""
+    if not kept and inference.holding:
+        node = inference.holding[0]
+        reason = f"; {op_name(node)} keeps units whole ({source_of(node)})"
     raise PartitionError(
         f"there is nothing to split: every unit reaches an output or is held together{reason}",
         hint="the outputs of a model are shared by all sub-models: give the model a head, "

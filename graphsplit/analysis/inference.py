@@ -33,6 +33,7 @@ class Inference:
         common: Nodes with the same value in all sub-models: it depends on no parameter and no written buffer.
         data: Nodes that depend on the model's inputs.
         state: For each parameter or written buffer the ids along each of its dimensions.
+        holding: Nodes that kept units whole, whatever their rules say of it.
     """
 
     program: Program
@@ -43,6 +44,7 @@ class Inference:
     data: set[fx.Node] = field(default_factory=set)
     state: dict[str, list[Ids | None]] = field(default_factory=dict)
     own: set[str] = field(default_factory=set)
+    holding: list[fx.Node] = field(default_factory=list)
     _constants: dict[fx.Node, NDArray[Any] | None] = field(default_factory=dict, repr=False)
 
     # -- what rules ask for ----------------------------------------------------------------------------------
@@ -216,7 +218,10 @@ class Inference:
 
     def _apply(self, node: fx.Node) -> Facts:
         found = RULES.get(op_name(node))
+        before = self.units.shares
         facts = found(self, node) if found else whole(self, node, f"{op_name(node)} has no rule")
+        if self.units.shares > before:
+            self.holding.append(node)
         value = node.meta.get("value")
         if isinstance(facts.outputs, tuple):
             facts.outputs = self._one_kind_each(facts, self._clean(node, value, facts.outputs))

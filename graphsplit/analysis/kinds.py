@@ -134,7 +134,7 @@ def _linear_to_outputs(
     for node in reversed(graph.nodes):
         if node.op == "output" or node in refused:
             continue
-        fits = bool(node.users)
+        fits = bool(node.users) and _has_mean(node)
         for user in node.users:
             if user.op == "output":
                 continue
@@ -146,6 +146,13 @@ def _linear_to_outputs(
         if fits:
             good.add(node)
     return good
+
+
+def _has_mean(node: fx.Node) -> bool:
+    """False for whole numbers and truth values, of which there is no mean of the same type."""
+    value = node.meta.get("value")
+    tensors = [x for x in (value if isinstance(value, tuple) else (value,)) if isinstance(x, TensorMeta)]
+    return all(x.dtype.is_floating_point or x.dtype.is_complex for x in tensors)
 
 
 def _classify(
@@ -196,7 +203,7 @@ def _as_mean(kinds: Kinds, node: fx.Node, facts: Facts, own: list[fx.Node], mixe
     if mixes:
         return False
     if not sums:
-        return bool(own) and all(operand in facts.linear for operand in own)
+        return bool(own) and all(operand in facts.linear and _has_mean(operand) for operand in own)
     weights = [
         w for w in node.all_input_nodes if isinstance(kinds.layout.get(w), Layout) and w.op == "get_attr"
     ]

@@ -139,7 +139,9 @@ def local_value(kinds: Kinds, node: fx.Node, part: int) -> Any:
     return value
 
 
-@localizer("view.default", "reshape.default", "_unsafe_view.default", "expand.default")
+@localizer(
+    "view.default", "reshape.default", "_unsafe_view.default", "expand.default", "broadcast_to.default"
+)
 def _sizes(local: Local) -> Change:
     x, sizes = local.args[:2]
     return local.node.target, (x, local.sizes(sizes), *local.args[2:]), local.kwargs
@@ -218,6 +220,8 @@ def _convolution(local: Local) -> Change:
     "chunk.default",
     "tensor_split.sections",
     "tensor_split.indices",
+    "unsafe_split.Tensor",
+    "unsafe_chunk.default",
 )
 def _split(local: Local) -> Change:
     x = meta_of(node_arg(local.node))
@@ -380,7 +384,7 @@ def _scatter(local: Local) -> Change:
     assert base is not None and piece is not None
     dim = int(argument(local.node, 2, "dim", 0)) % len(base.shape)
     out = local.output.cuts[dim]
-    if out is None:
+    if out is None and base.cuts[dim] is None:
         return local.node.target, local.args, local.kwargs
     x, y = local.args[:2]
     written = written_places(local.node, base.shape[dim])
@@ -388,7 +392,8 @@ def _scatter(local: Local) -> Change:
         meta = meta_of(y)
         grown = TensorMeta((*meta.dims[:dim], Dim(1), *meta.dims[dim:]), meta.dtype, meta.device)
         y = local.build.call(aten.unsqueeze.default, (y, dim), grown)
-    here = local.indices(out)
+    # Entries of the base that are written over may be dealt out where none of the result is.
+    here = np.arange(base.shape[dim]) if out is None else local.indices(out)
     inside = np.isin(here, written)
     source = np.full(base.shape[dim], -1)
     source[written] = np.arange(written.size)

@@ -78,6 +78,11 @@ class UnitBuilder:
         self._left.append(flat)
         self._right.append(np.zeros_like(flat))
 
+    @property
+    def shares(self) -> int:
+        """How many factors `share` was told of."""
+        return len(self._whole)
+
     def is_shared(self, ids: Ids) -> bool:
         """True for a factor that `share` was told of."""
         return factor_key(ids) in self._whole

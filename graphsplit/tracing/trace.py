@@ -76,11 +76,24 @@ def trace(
     if not isinstance(model, nn.Module):
         raise LoadError(f"the model is a {type(model).__name__}, expected a torch.nn.Module")
     args, kwargs = as_call(args, kwargs)
-    call = dataclasses.replace(
-        _Call.of(model, args, kwargs), outputs=None if outputs is None else tuple(outputs)
-    )
+    kept = None if outputs is None else tuple(outputs)
+    call = _Call.of(model, args, kwargs, outputs=kept)
+    try:
+        program = _trace(model, call, dynamic)
+    except InputError:
+        if not call.doubled:
+            raise
+    else:
+        if not call.doubled or all(meta.dims[0].symbol for meta in program.signature.inputs if meta.dims):
+            return program
+    # The one example cannot stand twice: the first dimension is no batch, or the model fixes its size.
+    return _trace(model, _Call.of(model, args, kwargs, outputs=kept, double=False), dynamic)
+
+
+def _trace(model: nn.Module, call: _Call, dynamic: Mapping[str, tuple[int, ...]] | None) -> Program:
+    """`trace` of flattened example inputs, in train and in eval mode."""
+    exports = []
     with _restored(model):
-        exports = []
         for mode in (True, False):
             model.train(mode)
             exports.append(_export(model, call, dynamic))
@@ -99,9 +112,19 @@ class _Call:
     notes: tuple[str, ...]
     defaults: Mapping[str, Any]
     outputs: tuple[str, ...] | None = None
+    doubled: bool = False
 
     @classmethod
-    def of(cls, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
+    def of(
+        cls,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        outputs: tuple[str, ...] | None = None,
+        double: bool = True,
+    ) -> _Call:
+        """Own copies of the example inputs; a single example is given twice, unless ``double`` says no."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
         paths = [_input_name(path) for path in leaf_names((args, kwargs))]
         tensors: list[Tensor] = []
@@ -124,7 +147,8 @@ class _Call:
         if not tensors:
             raise InputError("the example inputs hold no tensor", hint="give at least one tensor")
         batched = [tensor for tensor in tensors if tensor.dim() > 0]
-        if batched and all(tensor.shape[0] == 1 for tensor in batched):
+        doubled = double and bool(batched) and all(tensor.shape[0] == 1 for tensor in batched)
+        if doubled:
             # A batch of one would be taken for a fixed size.
             tensors = [torch.cat([tensor, tensor]).detach() if tensor.dim() else tensor for tensor in tensors]
             notes.append(
@@ -139,8 +163,9 @@ class _Call:
         defaults = {p.name: p.default for p in parameters if isinstance(p.default, SCALARS)}
         positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         return cls(
-            tuple(tensors), tuple(names), tuple(places), spec, tuple(positional), tuple(notes), defaults
-        )
+            tuple(tensors), tuple(names), tuple(places), spec, tuple(positional), tuple(notes), defaults,
+            outputs, doubled,
+        )  # fmt: skip
 
     def placeholder_names(self) -> list[str]:
         """The name of forward's parameter for each tensor, with its place where that is nested."""

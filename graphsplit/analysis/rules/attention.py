@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from torch import fx
 
 from graphsplit.analysis.facts import Facts, Path, argument, place_of, rule
 from graphsplit.analysis.inference import Inference
 from graphsplit.analysis.rules.contraction import LETTERS, Operand, contract, operand_of
-from graphsplit.analysis.units import Factors, seen_by, varying
+from graphsplit.analysis.units import Factors, Ids, seen_by, varying
 
 
 @rule("scaled_dot_product_attention.default")
@@ -31,6 +33,8 @@ def attention(inference: Inference, node: fx.Node) -> Facts:
     scores = contract(inference, [query, key], lead + "ts")
     facts = scores.facts
     attended = scores.result
+    for path, ids in _batch_of_value(inference, value, attended, {(0,): query, (1,): key}):
+        facts.expects[path] = (*facts.expects.get(path, ()), ids)
     if isinstance(mask, fx.Node):
         attended.factors = _mask(inference, facts, place_of(node, 3, "attn_mask"), mask, attended)
     for ids in attended.factors:
@@ -43,8 +47,28 @@ def attention(inference: Inference, node: fx.Node) -> Facts:
     facts.contracts = []
     facts.expects |= result.facts.expects
     facts.outputs = result.facts.outputs
-    facts.whole = "causal attention over units" if lost else None
+    facts.whole = "causal attention over units" if lost else facts.whole or result.facts.whole
     return facts
+
+
+def _batch_of_value(
+    inference: Inference, value: Operand, scores: Operand, beside: dict[Path, Operand]
+) -> Iterator[tuple[Path, Ids]]:
+    """Units along the heads that the values alone have: the scores get them, and query and key are cut."""
+    factors = []
+    for ids in value.factors:
+        ids = inference.units.settle(ids, [ids.ndim - 2, ids.ndim - 1])
+        factors.append(ids)
+        lead = value.spread(ids, scores.labels[:-2])
+        if varying(lead) and not any(scores.varies(scores.labels[dim]) for dim in varying(lead)):
+            scores.factors = (*scores.factors, lead[..., None, None])
+            for path, operand in beside.items():
+                assert operand.node is not None
+                repeated = operand.shape[-3] // inference.shape(operand.node)[-3]
+                cut = seen_by(lead[..., None, None], operand.shape)[..., ::repeated, :, :]
+                if varying(cut):
+                    yield path, cut
+    value.factors = tuple(ids for ids in factors if varying(ids))
 
 
 def _heads(inference: Inference, node: fx.Node, q: fx.Node, k: fx.Node, v: fx.Node) -> list[Operand]:

@@ -15,7 +15,7 @@ from torch import fx
 from graphsplit.analysis.facts import Facts, Path, argument, place_of, rule
 from graphsplit.analysis.inference import Inference, whole
 from graphsplit.analysis.units import Factors, Ids, seen_by, varying
-from graphsplit.graphs import node_arg, node_list_arg
+from graphsplit.graphs import base_name, node_arg, node_list_arg
 
 
 @dataclass
@@ -120,6 +120,7 @@ def contract(inference: Inference, operands: list[Operand], output: str) -> Cont
                         break
                 operand.wanted.append(lead.spread(settled, operand.labels))
             else:
+                facts.whole = "a sum over units against a tensor that has none"
                 for holder, _ in found:
                     _share_along(inference, holder, label)
                 break
@@ -296,7 +297,9 @@ def add_bias(
                 lifted = own.reshape([-1 if place == position else 1 for place in range(len(output.labels))])
                 inference.units.couple(output.spread(ids, output.labels), lifted)
             return
-    inference.share(bias)
+    if inference.factors(bias):
+        facts.whole = "a bias of units is added to a product that has none"
+        inference.share(bias)
 
 
 def _linear_operands(
@@ -364,7 +367,7 @@ def matmul(inference: Inference, node: fx.Node) -> Facts:
     return found.facts
 
 
-@rule("addmm.default", "baddbmm.default", "addbmm.default")
+@rule("addmm.default", "addmv.default", "baddbmm.default", "addbmm.default")
 def addmm(inference: Inference, node: fx.Node) -> Facts:
     """``y = beta c + alpha a b``; ``c`` is broadcast."""
     c, a, b = node.args[:3]
@@ -441,6 +444,25 @@ def tensordot(inference: Inference, node: fx.Node) -> Facts:
         inference,
         [operand_of(inference, (0,), a, "".join(left)), operand_of(inference, (1,), b, "".join(right))],
         output,
+    )
+    found.facts.linear = _linear_operands(node, inference, [a, b], [])
+    return found.facts
+
+
+@rule("inner.default", "outer.default")
+def inner(inference: Inference, node: fx.Node) -> Facts:
+    """``y[..., ...'] = a[..., k] b[...', k]``; the outer product of vectors sums over nothing."""
+    a, b = node_arg(node), node_arg(node, 1)
+    left, right = (len(inference.shape(operand)) for operand in (a, b))
+    if not left or not right:
+        return whole(inference, node, "an inner product with a scalar")
+    first, second = LETTERS[:left], LETTERS.upper()[:right]
+    output = first + second
+    if base_name(node) == "inner":
+        second = second[:-1] + first[-1]
+        output = first[:-1] + second[:-1]
+    found = contract(
+        inference, [operand_of(inference, (0,), a, first), operand_of(inference, (1,), b, second)], output
     )
     found.facts.linear = _linear_operands(node, inference, [a, b], [])
     return found.facts

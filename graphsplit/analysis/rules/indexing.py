@@ -12,8 +12,8 @@ from torch import fx
 from graphsplit.analysis.facts import Facts, Path, argument, indexed, rolled, rule, written_places
 from graphsplit.analysis.inference import Inference, whole
 from graphsplit.analysis.rules.pointwise import align, meet
-from graphsplit.analysis.units import Factors, Ids, varying
-from graphsplit.graphs import node_arg, node_list_arg
+from graphsplit.analysis.units import SHARED, Factors, Ids, varying
+from graphsplit.graphs import base_name, node_arg, node_list_arg
 
 
 @rule("operator.getitem")
@@ -34,8 +34,11 @@ def _take(ids: Ids, dim: int, index: int | slice) -> Ids:
         return ids
     lead = (slice(None),) * dim
     cut = ids[(*lead, index)]
-    # An empty slice has units along its other dimensions.
-    return cut if cut.shape[dim] else ids[(*lead, slice(0, 1))]
+    if cut.shape[dim]:
+        return cut
+    # An empty slice has units along its other dimensions, or none.
+    first = ids[(*lead, slice(0, 1))]
+    return first if varying(first) else np.full_like(first, SHARED)
 
 
 def cut(inference: Inference, node: fx.Node, index: Any, position: int = 1) -> Facts:
@@ -59,7 +62,7 @@ ONE_UNIT = "one unit is taken by itself"
 def _alone(before: Factors, after: Factors) -> str | None:
     """A reason where a piece holds one unit alone, which is then in every sub-model."""
     pairs = zip(before, after, strict=True)
-    return ONE_UNIT if any(varying(ids) and not varying(own) for ids, own in pairs) else None
+    return ONE_UNIT if any(varying(ids) and not varying(own) and own.any() for ids, own in pairs) else None
 
 
 @rule("slice.Tensor")
@@ -104,6 +107,8 @@ def unbind(inference: Inference, node: fx.Node) -> Facts:
     "chunk.default",
     "tensor_split.sections",
     "tensor_split.indices",
+    "unsafe_split.Tensor",
+    "unsafe_chunk.default",
 )
 def split(inference: Inference, node: fx.Node) -> Facts:
     """Consecutive pieces of a dimension."""
@@ -121,11 +126,18 @@ def split(inference: Inference, node: fx.Node) -> Facts:
     return Facts(list(pieces), linear=(x,), keeps_zero=True, whole=next(filter(None, reasons), None))
 
 
-@rule("cat.default", "concat.default", "concatenate.default")
+# Which dimension of tensors of full rank these join.
+STACKS = {"vstack": 0, "row_stack": 0, "hstack": 1, "column_stack": 1, "dstack": 2}
+
+
+@rule(*(f"{name}.default" for name in ("cat", "concat", "concatenate", *STACKS)))
 def cat(inference: Inference, node: fx.Node) -> Facts:
     """Tensors one after the other; entries without units (inputs, zeros) are shared."""
     rank = node.meta["value"].ndim
-    dim = int(argument(node, 1, "dim", 0)) % rank
+    name = base_name(node)
+    if name in STACKS and any(len(inference.shape(tensor)) < max(rank, 2) for tensor in node_list_arg(node)):
+        return whole(inference, node, f"{name} of tensors that get further dimensions")
+    dim = STACKS[name] if name in STACKS else int(argument(node, 1, "dim", 0)) % rank
     # An empty vector (the start of a cache) may stand beside tensors of any rank.
     parts: list[tuple[Path, fx.Node]] = [
         ((0, place), tensor) for place, tensor in enumerate(node_list_arg(node))
@@ -259,6 +271,10 @@ def index_tensor(inference: Inference, node: fx.Node) -> Facts:
     """``x[index, ...]``: indexed dimensions are whole, unless the indices are constants; the others stay."""
     x = node_arg(node)
     rank = len(inference.shape(x))
+    if not rank or 0 in inference.shape(x):
+        return Facts(
+            (), linear=(x,), keeps_zero=True
+        )  # a scalar has no dimensions, and an empty tensor nothing
     indices: Any = node.args[1]
     if not isinstance(indices, (list, tuple)):
         dim, index = indexed(node, rank)
@@ -291,12 +307,12 @@ def index_tensor(inference: Inference, node: fx.Node) -> Facts:
     return Facts(tuple(outputs), linear=(x,), keeps_zero=True, whole=reason)
 
 
-@rule("flip.default")
+@rule("flip.default", "fliplr.default", "flipud.default")
 def flip(inference: Inference, node: fx.Node) -> Facts:
     """The other way round along some dimensions."""
     x = node_arg(node)
     rank = len(inference.shape(x))
-    dims: Any = node.args[1]
+    dims: Any = {"fliplr": [1], "flipud": [0]}.get(base_name(node)) or node.args[1]
     outputs = []
     for ids in inference.factors(x):
         for dim in dims:
@@ -325,10 +341,9 @@ def roll(inference: Inference, node: fx.Node) -> Facts:
 def triangle(inference: Inference, node: fx.Node) -> Facts:
     """The lower or upper triangle of the last two dimensions."""
     x = node_arg(node)
-    factors = inference.factors(x)
-    if any(ids.shape[dim] > 1 for ids in factors for dim in (ids.ndim - 1, ids.ndim - 2)):
-        return whole(inference, node, "a triangle over units")
-    return Facts(factors, linear=(x,), keeps_zero=True)
+    rank = len(inference.shape(x))
+    factors, lost = inference.hold(x, [rank - 2, rank - 1])
+    return Facts(factors, linear=(x,), keeps_zero=True, whole="a triangle over units" if lost else None)
 
 
 @rule("copy_.default")

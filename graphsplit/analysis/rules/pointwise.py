@@ -8,7 +8,7 @@ from torch import fx
 from graphsplit.analysis.facts import Facts, Path, argument, rule
 from graphsplit.analysis.inference import Inference, operands
 from graphsplit.analysis.units import Factors, Ids, seen_by, varying
-from graphsplit.graphs import base_name, node_arg
+from graphsplit.graphs import base_name, node_arg, node_list_arg
 
 # One tensor in, one of the same shape out, each entry by itself.
 UNARY = [
@@ -26,6 +26,10 @@ UNARY = [
     "special_log_ndtr", "special_ndtr", "special_ndtri", "arccos", "arcsin", "arctan", "arccosh", "arcsinh",
     "arctanh", "absolute", "fix", "special_erfc", "special_expm1", "special_exp2", "special_sinc",
     "special_log1p", "special_round", "special_digamma", "special_gammaln", "lift_fresh_copy",
+    "isreal", "special_erfcx", "special_airy_ai", "special_spherical_bessel_j0", "mvlgamma",
+    *(f"special_bessel_{kind}{n}" for kind in "jy" for n in (0, 1)),
+    *(f"special_modified_bessel_{kind}{n}" for kind in "ik" for n in (0, 1)),
+    *(f"special_scaled_modified_bessel_k{n}" for n in (0, 1)),
 ]  # fmt: skip
 
 # Several tensors, broadcast against each other.
@@ -38,7 +42,7 @@ NARY = [
     "clamp_max", "clip", "fill", "copy", "heaviside", "complex", "polar", "logaddexp2", "fmax", "fmin",
     "float_power", "ldexp", "nextafter", "isclose", "gcd", "lcm", "bitwise_left_shift",
     "bitwise_right_shift", "__lshift__", "__rshift__", "special_xlog1py", "special_xlogy", "special_zeta",
-    "arctan2", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss",
+    "arctan2", "igamma", "igammac",
 ]  # fmt: skip
 
 # Zero in, zero out: such an op keeps cross weights at zero.
@@ -47,7 +51,7 @@ KEEPS_ZERO = {
     "sign", "sin", "sqrt", "square", "tan", "tanh", "trunc", "mul", "multiply", "div", "divide",
     "true_divide", "gelu", "silu", "leaky_relu", "elu", "hardtanh", "erf", "expm1", "log1p", "round", "ceil",
     "sgn", "asin", "atan", "sinh", "to", "real", "imag", "conj", "conj_physical", "resolve_conj",
-    "resolve_neg", "complex", "polar", "lift_fresh_copy",
+    "resolve_neg", "lift_fresh_copy",
 }  # fmt: skip
 
 # Affine in the first operand: f(mean of x) = mean of f(x).
@@ -196,15 +200,20 @@ def unary(inference: Inference, node: fx.Node) -> Facts:
     return Facts(
         inference.factors(operand),
         linear=(operand,) if name in LINEAR else (),
-        keeps_zero=name in KEEPS_ZERO,
+        keeps_zero=name in KEEPS_ZERO and (name != "hardtanh" or _within_bounds(node)),
     )
+
+
+def _within_bounds(node: fx.Node) -> bool:
+    """Does a ``hardtanh`` leave zero as it is?"""
+    return bool(argument(node, 1, "min_val", -1) <= 0 <= argument(node, 2, "max_val", 1))
 
 
 @rule(
     *(f"{name}.{overload}" for name in NARY for overload in ("default", "Tensor", "Scalar", "self", "other")),
     "pow.Tensor_Scalar", "pow.Tensor_Tensor", "where.ScalarOther", "where.ScalarSelf", "max.other",
     "min.other", "div.Tensor_mode", "div.Scalar_mode", "lerp.Scalar_", "remainder.Scalar_Tensor",
-    "clamp.Tensor_minmax", "_prelu_kernel.default",
+    "clamp.Tensor_minmax", "_prelu_kernel.default", "float_power.Tensor_Tensor", "float_power.Tensor_Scalar",
 )  # fmt: skip
 def nary(inference: Inference, node: fx.Node) -> Facts:
     """``y = f(a, b, ...)`` with broadcasting."""
@@ -214,7 +223,14 @@ def nary(inference: Inference, node: fx.Node) -> Facts:
     name = base_name(node)
     varied = [part for _, part in parts if not inference.is_common(part)]
     linear = tuple(varied) if _is_linear(node, name, varied) else ()
-    return Facts(factors, expects, linear=linear, keeps_zero=name in KEEPS_ZERO)
+    return Facts(factors, expects, linear=linear, keeps_zero=_keeps_zero(inference, node, name))
+
+
+def _keeps_zero(inference: Inference, node: fx.Node, name: str) -> bool:
+    """Is the result zero wherever an operand between two axes is? Of a quotient, the dividend may be."""
+    if name not in KEEPS_ZERO:
+        return False
+    return name in LINEAR_IN_ONE or all(len(inference.factors(divisor)) < 2 for divisor in node.args[1:])
 
 
 def _is_linear(node: fx.Node, name: str, varied: list[fx.Node]) -> bool:
@@ -238,15 +254,19 @@ def prelu(inference: Inference, node: fx.Node) -> Facts:
     operand, weight = node.args
     assert isinstance(operand, fx.Node) and isinstance(weight, fx.Node)
     factors = inference.factors(operand)
-    size = inference.shape(weight)[0] if inference.shape(weight) else 1
-    if size > 1:
-        for ids in factors:
-            if ids.shape[1] > 1:
-                for slope in inference.factors(weight):
-                    inference.units.couple(ids, slope.reshape((1, -1) + (1,) * (ids.ndim - 2)))
-        if not any(ids.shape[1] > 1 for ids in factors):
-            inference.share(weight)
-    return Facts(factors, keeps_zero=True)
+    shape = inference.shape(operand)
+    count = inference.shape(weight)[0] if inference.shape(weight) else 1
+    if count == 1:
+        return Facts(factors, keeps_zero=True)
+    if not any(ids.shape[1] > 1 for ids in factors):
+        inference.share(weight)
+        return Facts(factors, keeps_zero=True)
+    lifted = (1, count, *(1,) * (len(shape) - 2))
+    slopes = tuple(ids.reshape(lifted) for ids in inference.factors(weight))
+    factors, expects = meet(inference, len(shape), [((0,), shape, factors), ((1,), lifted, slopes)])
+    if (1,) in expects:
+        expects[(1,)] = tuple(ids.ravel() for ids in expects[(1,)])
+    return Facts(factors, expects, keeps_zero=True)
 
 
 @rule("type_as.default")
@@ -263,6 +283,16 @@ def expand_as(inference: Inference, node: fx.Node) -> Facts:
     assert isinstance(operand, fx.Node) and isinstance(other, fx.Node)
     factors, expects = align(inference, len(inference.shape(other)), [((0,), operand), ((1,), other)])
     return Facts(factors, expects, linear=(operand,) if inference.is_common(other) else (), keeps_zero=True)
+
+
+@rule("broadcast_tensors.default")
+def broadcast(inference: Inference, node: fx.Node) -> Facts:
+    """Tensors expanded to one shape."""
+    parts: list[tuple[Path, fx.Node]] = [((0, place), x) for place, x in enumerate(node_list_arg(node))]
+    values = node.meta["value"]
+    factors, expects = align(inference, values[0].ndim, parts)
+    linear = tuple(x for _, x in parts if not inference.is_common(x))
+    return Facts([factors] * len(values), expects, linear=linear, keeps_zero=True)
 
 
 @rule("glu.default")

@@ -10,8 +10,10 @@ from torch import fx
 from graphsplit.analysis.facts import Facts, argument, rule
 from graphsplit.analysis.inference import Inference, whole
 from graphsplit.analysis.rules.pointwise import Met, meet
-from graphsplit.analysis.units import SHARED, Factors, Ids, varying
+from graphsplit.analysis.units import SHARED, Factors, Ids
 from graphsplit.graphs import base_name, node_arg
+
+WINDOW = "a pooling window runs over units"
 
 
 def _spatial_dims(node: fx.Node) -> int:
@@ -51,10 +53,8 @@ def pool(inference: Inference, node: fx.Node) -> Facts:
     if found is not None:
         return found
     rank = len(inference.shape(x))
-    for ids in factors:
-        if any(dim >= rank - count for dim in varying(ids)):
-            inference.units.share(ids)
-    return Facts(inference.factors(x), linear=linear, whole="a pooling window runs over units")
+    factors, lost = inference.hold(x, range(rank - count, rank))
+    return Facts(factors, linear=linear, whole=WINDOW if lost else None)
 
 
 @rule(
@@ -64,8 +64,10 @@ def pool(inference: Inference, node: fx.Node) -> Facts:
 )  # fmt: skip
 def pool_with_indices(inference: Inference, node: fx.Node) -> Facts:
     """Values and positions."""
-    factors, free = _spatial(inference, node, _spatial_dims(node))
-    return Facts([factors, factors]) if free else whole(inference, node, "a pooling window runs over units")
+    x = node_arg(node)
+    rank = len(inference.shape(x))
+    factors, lost = inference.hold(x, range(rank - _spatial_dims(node), rank))
+    return Facts([factors, factors], whole=WINDOW if lost else None)
 
 
 @rule("max_unpool2d.default", "max_unpool3d.default")
@@ -88,10 +90,15 @@ def unpool(inference: Inference, node: fx.Node) -> Facts:
 def grid_sample(inference: Inference, node: fx.Node) -> Facts:
     """``y[n, c, s] = x[n, c, grid[n, s]]``, interpolated: linear in ``x``; the positions are whole."""
     x, grid = node_arg(node), node_arg(node, 1)
-    factors, lost = inference.hold(x, range(2, len(inference.shape(x))))
-    _, gone = inference.hold(grid, range(len(inference.shape(grid))))
+    n, c, *space = inference.shape(x)
+    ones = (1,) * len(space)
+    factors, lost = inference.hold(x, range(2, 2 + len(space)))
+    places, gone = inference.hold(grid, range(1, 2 + len(space)))
+    met: list[Met] = [((0,), (n, c, *ones), factors), ((1,), (n, 1, *ones), places)]
+    outputs, expects = meet(inference, 2 + len(space), met)
     linear = (x,) if inference.is_common(grid) else ()
-    return Facts(factors, linear=linear, whole="positions in space are units" if lost or gone else None)
+    reason = "positions in space are units" if lost or gone else None
+    return Facts(outputs, expects, linear=linear, whole=reason)
 
 
 @rule("affine_grid_generator.default")

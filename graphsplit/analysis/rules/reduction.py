@@ -8,8 +8,9 @@ from typing import Any
 from torch import fx
 
 from graphsplit.analysis.facts import Facts, argument, rule
-from graphsplit.analysis.inference import Inference, whole
-from graphsplit.analysis.units import Ids, varying
+from graphsplit.analysis.inference import Inference, operands
+from graphsplit.analysis.rules.pointwise import align
+from graphsplit.analysis.units import Factors, Ids, varying
 from graphsplit.graphs import base_name, node_arg, overload_of
 
 LINEAR = {"sum", "mean"}
@@ -28,33 +29,41 @@ def _dims(value: Any, rank: int) -> list[int]:
     "prod.default", "all.default", "any.default", "var.default", "std.default", "argmax.default",
     "argmin.default", "sum.dim_IntList", "mean.dim", "var.dim", "var.correction", "std.dim", "std.correction",
     "logsumexp.default", "linalg_vector_norm.default", "norm.ScalarOpt_dim", "norm.Scalar", "all.dim",
-    "any.dim", "prod.dim_int", "nansum.default", "count_nonzero.default",
+    "any.dim", "prod.dim_int", "nansum.default", "count_nonzero.default", "linalg_norm.default",
+    "linalg_norm.ord_str", "linalg_matrix_norm.default", "linalg_matrix_norm.str_ord", "all.dims", "any.dims",
+    "count_nonzero.dim_IntList", "nanmean.default", "median.default", "nanmedian.default",
 )  # fmt: skip
 def reduce(inference: Inference, node: fx.Node) -> Facts:
     """Dimensions that vanish (or stay with size 1). Along units, each sub-model reduces its own."""
     x = node_arg(node)
     shape = inference.shape(x)
     name = base_name(node)
-    place = {"linalg_vector_norm": 2, "norm": 2}.get(name, 1)
+    place = 2 if name.endswith("norm") else 1
     takes_dim = len(overload_of(node)._schema.arguments) > 1
-    dim = argument(node, place, "dim") if takes_dim else None
+    dim = argument(node, place, "dim", [-2, -1] if "matrix" in name else None) if takes_dim else None
     if name in ("var", "std") and isinstance(dim, bool):
         dim = None
     return _reduced(inference, x, _dims(dim, len(shape)), node.meta["value"].ndim, name)
 
 
 def _reduced(inference: Inference, x: fx.Node, dims: list[int], rank: int, name: str) -> Facts:
-    facts = Facts((), linear=(x,) if name in LINEAR else ())
-    shape = inference.shape(x)
+    facts = _reduced_factors(inference, inference.factors(x), dims, rank == len(inference.shape(x)))
+    facts.linear = (x,) if name in LINEAR else ()
+    return facts
+
+
+def _reduced_factors(inference: Inference, factors: Factors, dims: list[int], keeps: bool) -> Facts:
+    """What is left of factors where some dimensions vanish, or with ``keeps`` become one long."""
+    facts = Facts(())
     outputs: list[Ids] = []
-    for ids in inference.factors(x):
+    for ids in factors:
         ids = inference.units.settle(ids, dims)
         over = tuple(dim for dim in varying(ids) if dim in dims)
         if over:
             facts.mixes.append((ids, over))
         index = tuple(slice(0, 1) if dim in dims else slice(None) for dim in range(ids.ndim))
         left = ids[index] if over else ids
-        if rank != len(shape):
+        if not keeps:
             left = left.reshape([size for dim, size in enumerate(left.shape) if dim not in dims])
         if varying(left):
             outputs.append(left)
@@ -89,13 +98,17 @@ def counts(inference: Inference, node: fx.Node) -> Facts:
     return facts
 
 
-@rule("max.dim", "min.dim", "median.dim", "mode.default")
+@rule(
+    "max.dim", "min.dim", "median.dim", "nanmedian.dim", "mode.default", "kthvalue.default", "aminmax.default"
+)
 def reduce_with_indices(inference: Inference, node: fx.Node) -> Facts:
-    """Values and positions along one dimension."""
+    """Values and positions (``aminmax``: smallest and largest values) along one dimension."""
     x = node_arg(node)
     rank = len(inference.shape(x))
     values: Any = node.meta["value"]
-    facts = _reduced(inference, x, _dims(argument(node, 1, "dim", -1), rank), values[0].ndim, "max")
+    name = base_name(node)
+    dim = argument(node, 2 if name == "kthvalue" else 1, "dim", None if name == "aminmax" else -1)
+    facts = _reduced(inference, x, _dims(dim, rank), values[0].ndim, name)
     assert isinstance(facts.outputs, tuple)
     facts.outputs = [facts.outputs, facts.outputs]
     return facts
@@ -135,39 +148,53 @@ def running(inference: Inference, node: fx.Node) -> Facts:
     return facts
 
 
-@rule("sort.default", "sort.stable", "topk.default", "argsort.default")
+@rule("sort.default", "sort.stable", "topk.default", "argsort.default", "argsort.stable", "msort.default")
 def order(inference: Inference, node: fx.Node) -> Facts:
     """An order along a dimension that holds no units leaves the others as they are."""
     x = node_arg(node)
     rank = len(inference.shape(x))
     name = base_name(node)
     place = 2 if name == "topk" else 1
-    dim = _dims(argument(node, place, "dim", -1), rank)[0]
-    factors = inference.factors(x)
-    if any(ids.shape[dim] > 1 for ids in factors):
-        return whole(inference, node, f"{name} along units")
+    dim = 0 if name == "msort" else argument(node, place, "dim", -1)
+    factors, lost = inference.hold(x, _dims(dim, rank) if rank else [])
     several = isinstance(node.meta["value"], tuple)
-    return Facts([factors, factors] if several else factors)
+    reason = f"{name} along units" if lost else None
+    return Facts([factors, factors] if several else factors, whole=reason)
 
 
-@rule("cosine_similarity.default")
-def cosine_similarity(inference: Inference, node: fx.Node) -> Facts:
-    """Angle along one dimension: each sub-model has that of its own units."""
-    from graphsplit.analysis.rules.pointwise import align
+@rule(
+    *(f"{name}.default" for name in ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "kl_div")),
+    "binary_cross_entropy.default", "binary_cross_entropy_with_logits.default", "soft_margin_loss.default",
+    "poisson_nll_loss.default",
+)  # fmt: skip
+def loss(inference: Inference, node: fx.Node) -> Facts:
+    """``f(a, b)`` entry by entry, or the mean or sum of all entries: each sub-model has that of its own."""
+    parts = list(operands(node))
+    rank = max(len(inference.shape(part)) for _, part in parts)
+    factors, expects = align(inference, rank, parts)
+    if node.meta["value"].ndim == rank:
+        return Facts(factors, expects)
+    return Facts((), expects, mixes=[(ids, varying(ids)) for ids in factors])
 
+
+@rule("cross_entropy_loss.default", "nll_loss_nd.default")
+def class_loss(inference: Inference, node: fx.Node) -> Facts:
+    """``-log p[n, target[n]]``: classes are told apart by their places, so no dimension is divided."""
+    lost = False
+    for operand in node.all_input_nodes:
+        lost |= inference.hold(operand, range(len(inference.shape(operand))))[1]
+    return Facts((), whole="classes are units" if lost else None)
+
+
+@rule("cosine_similarity.default", "pairwise_distance.default", "linalg_vecdot.default")
+def compare(inference: Inference, node: fx.Node) -> Facts:
+    """Angle, distance or product along one dimension: each sub-model has that of its own units."""
     a, b = node.args[:2]
     assert isinstance(a, fx.Node) and isinstance(b, fx.Node)
     rank = max(len(inference.shape(a)), len(inference.shape(b)))
     factors, expects = align(inference, rank, [((0,), a), ((1,), b)])
-    dim = int(argument(node, 2, "dim", 1)) % rank
-    facts = Facts((), expects)
-    outputs = []
-    for ids in factors:
-        ids = inference.units.settle(ids, [dim])
-        if ids.shape[dim] > 1:
-            facts.mixes.append((ids, (dim,)))
-        left = ids[tuple(0 if d == dim else slice(None) for d in range(rank))]
-        if varying(left):
-            outputs.append(left)
-    facts.outputs = tuple(outputs)
+    default = 1 if base_name(node) == "cosine_similarity" else -1
+    dim = default if base_name(node) == "pairwise_distance" else argument(node, 2, "dim", default)
+    facts = _reduced_factors(inference, factors, _dims(dim, rank), node.meta["value"].ndim == rank)
+    facts.expects = expects
     return facts

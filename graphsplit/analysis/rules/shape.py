@@ -11,6 +11,7 @@ from graphsplit.analysis.facts import Facts, argument, rule
 from graphsplit.analysis.inference import Inference, whole
 from graphsplit.analysis.units import Factors, Ids, reshape_ids, varying
 from graphsplit.graphs import int_arg, node_arg
+from graphsplit.program import TensorMeta
 
 
 def _moved(node: fx.Node, factors: Factors) -> Facts:
@@ -22,12 +23,14 @@ def _moved(node: fx.Node, factors: Factors) -> Facts:
 @rule(
     "view.default", "reshape.default", "_unsafe_view.default", "flatten.using_ints", "unflatten.int",
     "squeeze.dim", "squeeze.default", "squeeze.dims", "unsqueeze.default", "view_as.default",
-    "reshape_as.default",
+    "reshape_as.default", "ravel.default", "atleast_1d.default", "atleast_2d.default", "atleast_3d.default",
 )  # fmt: skip
 def reshape(inference: Inference, node: fx.Node) -> Facts:
     """Elements keep their order; sizes are those of the traced example, so every reshape is this one."""
     x = node_arg(node)
     before, after = inference.shape(x), node.meta["value"].shape
+    if 0 in before:
+        return _moved(node, ())  # an empty tensor belongs to nobody
     return _moved(node, tuple(reshape_ids(ids, before, after) for ids in inference.factors(x)))
 
 
@@ -68,7 +71,7 @@ def movedim(inference: Inference, node: fx.Node) -> Facts:
     return _moved(node, tuple(np.moveaxis(ids, source, destination) for ids in inference.factors(x)))
 
 
-@rule("expand.default")
+@rule("expand.default", "broadcast_to.default")
 def expand(inference: Inference, node: fx.Node) -> Facts:
     """Broadcast to a shape; new and repeated dimensions have no units."""
     x = node_arg(node)
@@ -197,14 +200,23 @@ def diagonal(inference: Inference, node: fx.Node) -> Facts:
     "matrix_exp.default", "linalg_matrix_exp.default", "inverse.default", "linalg_inv.default",
     "det.default", "linalg_det.default", "logdet.default", "matrix_power.default",
     "linalg_matrix_power.default", "cholesky.default", "linalg_cholesky.default", "trace.default",
+    "linalg_slogdet.default", "linalg_qr.default", "linalg_svd.default", "linalg_svdvals.default",
+    "linalg_eigh.default", "linalg_eigvalsh.default", "linalg_pinv.default", "svd.default", "qr.default",
+    "pinverse.default", "linalg_lu.default", "linalg_cond.default", "linalg_inv_ex.default",
+    "linalg_cholesky_ex.default", "linalg_pinv.atol_rtol_tensor", "linalg_matrix_rank.atol_rtol_tensor",
 )  # fmt: skip
 def of_matrices(inference: Inference, node: fx.Node) -> Facts:
     """A function of the matrices on the last two dimensions: a matrix belongs to one unit."""
     x = node_arg(node)
     rank = len(inference.shape(x))
     factors, lost = inference.hold(x, [rank - 2, rank - 1])
-    count = node.meta["value"].ndim
-    outputs = tuple(ids if count == rank else ids.reshape(ids.shape[: rank - 2]) for ids in factors)
+
+    def lead(value: TensorMeta) -> Factors:
+        sizes = (1,) * (value.ndim - rank + 2)
+        return tuple(ids.reshape(ids.shape[: rank - 2] + sizes) for ids in factors)
+
+    value: Any = node.meta["value"]
+    outputs = [lead(item) for item in value] if isinstance(value, tuple) else lead(value)
     return Facts(outputs, whole="a matrix of units" if lost else None)
 
 
