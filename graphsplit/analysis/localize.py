@@ -139,7 +139,9 @@ def local_value(kinds: Kinds, node: fx.Node, part: int) -> Any:
     return value
 
 
-@localizer("view.default", "reshape.default", "_unsafe_view.default", "expand.default")
+@localizer(
+    "view.default", "reshape.default", "_unsafe_view.default", "expand.default", "broadcast_to.default"
+)
 def _sizes(local: Local) -> Change:
     x, sizes = local.args[:2]
     return local.node.target, (x, local.sizes(sizes), *local.args[2:]), local.kwargs

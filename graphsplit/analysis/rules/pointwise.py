@@ -6,7 +6,7 @@ import numpy as np
 from torch import fx
 
 from graphsplit.analysis.facts import Facts, Path, argument, rule
-from graphsplit.analysis.inference import Inference, operands
+from graphsplit.analysis.inference import Inference, operands, whole
 from graphsplit.analysis.units import Factors, Ids, seen_by, varying
 from graphsplit.graphs import base_name, node_arg
 
@@ -249,6 +249,14 @@ def prelu(inference: Inference, node: fx.Node) -> Facts:
     return Facts(factors, keeps_zero=True)
 
 
+@rule("bucketize.Tensor")
+def bucketize(inference: Inference, node: fx.Node) -> Facts:
+    """The number of the interval that each entry falls into."""
+    if not inference.is_common(node.args[1]):
+        return whole(inference, node, "bucketize with bounds that are no constants")
+    return Facts(inference.factors(node_arg(node)))
+
+
 @rule("type_as.default")
 def type_as(inference: Inference, node: fx.Node) -> Facts:
     """A cast; the second operand gives the dtype alone."""
@@ -263,6 +271,16 @@ def expand_as(inference: Inference, node: fx.Node) -> Facts:
     assert isinstance(operand, fx.Node) and isinstance(other, fx.Node)
     factors, expects = align(inference, len(inference.shape(other)), [((0,), operand), ((1,), other)])
     return Facts(factors, expects, linear=(operand,) if inference.is_common(other) else (), keeps_zero=True)
+
+
+@rule("broadcast_tensors.default")
+def broadcast_tensors(inference: Inference, node: fx.Node) -> Facts:
+    """Each operand in the shape that all have together."""
+    values = node.meta["value"]
+    parts = list(operands(node))
+    factors, expects = align(inference, values[0].ndim, parts)
+    linear = tuple(part for _, part in parts if not inference.is_common(part))
+    return Facts([factors] * len(values), expects, linear=linear, keeps_zero=True)
 
 
 @rule("glu.default")

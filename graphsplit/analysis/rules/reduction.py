@@ -89,13 +89,26 @@ def counts(inference: Inference, node: fx.Node) -> Facts:
     return facts
 
 
-@rule("max.dim", "min.dim", "median.dim", "mode.default")
+@rule("max.dim", "min.dim", "median.dim", "nanmedian.dim", "mode.default", "kthvalue.default")
 def reduce_with_indices(inference: Inference, node: fx.Node) -> Facts:
     """Values and positions along one dimension."""
     x = node_arg(node)
     rank = len(inference.shape(x))
     values: Any = node.meta["value"]
-    facts = _reduced(inference, x, _dims(argument(node, 1, "dim", -1), rank), values[0].ndim, "max")
+    place = 2 if base_name(node) == "kthvalue" else 1
+    facts = _reduced(inference, x, _dims(argument(node, place, "dim", -1), rank), values[0].ndim, "max")
+    assert isinstance(facts.outputs, tuple)
+    facts.outputs = [facts.outputs, facts.outputs]
+    return facts
+
+
+@rule("aminmax.default")
+def extremes(inference: Inference, node: fx.Node) -> Facts:
+    """The smallest and the largest entry along a dimension, or of all."""
+    x = node_arg(node)
+    values: Any = node.meta["value"]
+    dims = _dims(node.kwargs.get("dim"), len(inference.shape(x)))
+    facts = _reduced(inference, x, dims, values[0].ndim, "max")
     assert isinstance(facts.outputs, tuple)
     facts.outputs = [facts.outputs, facts.outputs]
     return facts

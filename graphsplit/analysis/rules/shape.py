@@ -68,7 +68,7 @@ def movedim(inference: Inference, node: fx.Node) -> Facts:
     return _moved(node, tuple(np.moveaxis(ids, source, destination) for ids in inference.factors(x)))
 
 
-@rule("expand.default")
+@rule("expand.default", "broadcast_to.default")
 def expand(inference: Inference, node: fx.Node) -> Facts:
     """Broadcast to a shape; new and repeated dimensions have no units."""
     x = node_arg(node)
