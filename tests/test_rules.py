@@ -128,6 +128,9 @@ SPLIT: dict[str, Case] = {
     "bucketize": features(lambda h: torch.bucketize(h.detach(), torch.linspace(-1, 1, 5)) * h),
     "aminmax": features(lambda h: h - torch.aminmax(h, dim=-1, keepdim=True)[0]),
     "kthvalue": features(lambda h: (h.view(-1, 8, 2) - h.view(-1, 8, 2).kthvalue(2, -1, True)[0]).flatten(1)),
+    "mse_loss": features(lambda h: h * F.mse_loss(h, h.relu())),
+    "mse_loss of each": features(lambda h: h * F.mse_loss(h, h.relu(), reduction="none")),
+    "smooth_l1_loss": features(lambda h: h * F.smooth_l1_loss(h, torch.zeros_like(h), reduction="sum")),
     # Shorthands.
     "hstack": features(lambda h: torch.hstack([h, h * 2]), 32),
     "dstack": features(lambda h: torch.dstack([h, h.exp()]).prod(-1)),

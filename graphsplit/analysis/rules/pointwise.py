@@ -38,7 +38,7 @@ NARY = [
     "clamp_max", "clip", "fill", "copy", "heaviside", "complex", "polar", "logaddexp2", "fmax", "fmin",
     "float_power", "ldexp", "nextafter", "isclose", "gcd", "lcm", "bitwise_left_shift",
     "bitwise_right_shift", "__lshift__", "__rshift__", "special_xlog1py", "special_xlogy", "special_zeta",
-    "arctan2", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss",
+    "arctan2",
 ]  # fmt: skip
 
 # Zero in, zero out: such an op keeps cross weights at zero.
@@ -230,6 +230,16 @@ def _is_linear(node: fx.Node, name: str, varied: list[fx.Node]) -> bool:
     if name == "masked_fill":
         return node.args[1] not in varied
     return False
+
+
+@rule("mse_loss.default", "l1_loss.default", "smooth_l1_loss.default", "huber_loss.default")
+def loss(inference: Inference, node: fx.Node) -> Facts:
+    """``y = f(a, b)``, or the sum or mean of all its entries: each sub-model has that of its own units."""
+    rank = max(len(inference.shape(operand)) for operand in node.all_input_nodes)
+    factors, expects = align(inference, rank, list(operands(node)))
+    if node.meta["value"].ndim == rank:
+        return Facts(factors, expects)
+    return Facts((), expects, mixes=[(ids, varying(ids)) for ids in factors])
 
 
 @rule("prelu.default")
