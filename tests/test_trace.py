@@ -1117,6 +1117,19 @@ def test_checks_of_values_are_dropped() -> None:
     assert_faithful(Net(checks_values), (X,), (X5,))
 
 
+def sampled(self: Any, h: Tensor) -> Tensor:
+    mean, scale = h.chunk(2, 1)
+    found = torch.distributions.Normal(mean, F.softplus(scale) + 0.1)
+    z = found.rsample()
+    return torch.cat([z, found.log_prob(z)], 1)
+
+
+def test_distributions_are_traced_without_their_checks() -> None:
+    checked = torch.distributions.Distribution._validate_args
+    assert_faithful(Net(sampled), (X,), (X5,))
+    assert torch.distributions.Distribution._validate_args == checked is True
+
+
 def test_data_dependent_control_flow_is_refused_with_the_line() -> None:
     with pytest.raises(TraceError, match="data-dependent") as caught:
         gs.trace(Branches(), X.float())

@@ -116,7 +116,7 @@ class MixtureDensity(nn.Module):
         x = self.body(x)
         means = self.means(x).view(-1, 5, 2)
         deviations = F.softplus(self.deviations(x)).view(-1, 5, 2) + 1e-3
-        each = torch.distributions.Normal(means, deviations, validate_args=False).log_prob(y.unsqueeze(1))
+        each = torch.distributions.Normal(means, deviations).log_prob(y.unsqueeze(1))
         return -torch.logsumexp(F.log_softmax(self.weights(x), -1) + each.sum(-1), -1).mean()
 
 
