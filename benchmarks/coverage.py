@@ -1,12 +1,12 @@
 """What graphsplit divides, model by model, beside Torch-Pruning 1.6.1: writes ``docs/coverage.md``.
 
-    python benchmarks/coverage.py [--only NAME ...] [--jobs 2] [--timeout 120] [--resume FILE] [--out FILE]
+    python benchmarks/coverage.py [--only NAME ...] [--jobs 2] [--timeout 30] [--resume FILE] [--out FILE]
 
 Every model of the test zoo is divided at K = 2 and, where its sizes allow, at K = 4, and verified in float64
 as the tests do; the traced model is compared with the original in float32, too. Torch-Pruning is asked to
 halve the same model in the same environment by its public API, without hints for single models: output
 layers (linear and convolutional ones whose result is an output) are left alone, as graphsplit leaves them.
-Models run in processes beside this one, which are ended where one takes too long or too much memory. With
+Models run in processes beside this one, with a limit on processor time and memory for each. With
 ``--resume`` results are kept in a file as they come, and a second run goes on where the first was ended:
 delete a line to run its model again.
 """
@@ -24,6 +24,7 @@ import os
 import platform
 import queue
 import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -49,6 +50,7 @@ from zoo import ZOO  # noqa: E402
 
 KS = (2, 4)
 TOOLS = ("graphsplit", "torch-pruning")
+WAIT = 30  # times the limit on processor time: how long a process may be silent, on a machine with other work
 MEMORY = 6 * 2**30  # bytes of address space for a process that tries models
 TEXT = """# Coverage
 
@@ -63,7 +65,7 @@ the sentence of the error. *Kept whole* names what every sub-model computes in f
 Torch-Pruning is asked to halve the same model, without hints for single models, output layers left alone:
 the column says in how many of the inner linear and convolutional layers half of the outputs are left, where
 the model still runs; whether it then computes what it should (whole heads, for one) is not asked. Either
-tool has {timeout} s and {memory} GiB for a model.
+tool has {timeout} s of processor time and {memory} GiB for a model.
 
 ## Summary
 
@@ -160,12 +162,20 @@ def output_layers(model: nn.Module, args: tuple[Any, ...], kwargs: Any) -> list[
     return [module for module, place in results if place in places]
 
 
-def result_of(name: str, tool: str) -> dict[str, Any]:
-    """The result of one tool for one model."""
+def result_of(name: str, tool: str, timeout: int) -> dict[str, Any]:
+    """The result of one tool for one model, in so many seconds of processor time."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"no end after {timeout} s")
+
+    signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, timeout)
     try:
         return divided(name) if tool == "graphsplit" else {"pruned": halved(name)}
     except Exception as error:  # what a tool cannot do is a result, too
         return failed(tool, described(error))
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 # -- all models ----------------------------------------------------------------------------------------------
@@ -200,15 +210,15 @@ def run(names: list[str], tool: str, timeout: int, results: Results) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     left = [name for name in names if (tool, name) not in results.found]
     while left:
-        command = [sys.executable, __file__, "--tool", tool, "--worker", *left]
+        command = [sys.executable, __file__, f"--timeout={timeout}", "--tool", tool, "--worker", *left]
         worker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         lines: queue.Queue[str] = queue.Queue()
         threading.Thread(target=_read, args=(worker, lines), daemon=True).start()
         while left:
             try:
-                line = lines.get(timeout=timeout)
+                line = lines.get(timeout=WAIT * timeout)
             except queue.Empty:
-                results.add(tool, left.pop(0), failed(tool, f"no end after {timeout} s"))
+                results.add(tool, left.pop(0), failed(tool, "the process does not answer"))
                 break
             if not line:
                 results.add(tool, left.pop(0), failed(tool, "the process ended"))
@@ -306,7 +316,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="NAME")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--timeout", type=int, default=120)
+    parser.add_argument("--timeout", type=int, default=30)
     parser.add_argument("--resume", type=Path, metavar="FILE")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "coverage.md")
     parser.add_argument("--tool", help=argparse.SUPPRESS)
@@ -317,7 +327,7 @@ def main() -> None:
         warnings.simplefilter("ignore")
         for name in options.worker:
             with contextlib.redirect_stdout(sys.stderr):
-                result = json.dumps(result_of(name, options.tool))
+                result = json.dumps(result_of(name, options.tool, options.timeout))
             print(result, flush=True)
         return
     names = options.only or list(ZOO)
