@@ -16,9 +16,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, fx, nn
 
+from graphsplit.errors import UnsupportedError
 from graphsplit.program import Mode, Program
 from graphsplit.retarget import place_of, retarget_graph
 from graphsplit.signature import Signature
+
+# Properties of emitted modules that give way to a part of the model with their name.
+YIELDING = {"graph", "code"}
 
 
 class ProgramModule(nn.Module):
@@ -38,6 +42,7 @@ class ProgramModule(nn.Module):
         self._graphs = program.graphs
         self._runs = tuple(_compile(graph, program.name) for graph in program.graphs)
         values: dict[str, Tensor] = {}
+        parts = nn.Module()
         for name, entry in program.ordered_names():
             if entry.name not in values:
                 tensor = entry.tensor.detach()
@@ -45,7 +50,28 @@ class ProgramModule(nn.Module):
                 if entry.kind == "parameter":
                     tensor = nn.Parameter(tensor, entry.tensor.requires_grad)
                 values[entry.name] = tensor
-            _register(self, name, values[entry.name], persistent=entry.persistent)
+            _register(parts, name, values[entry.name], persistent=entry.persistent)
+        self._adopt(parts)
+
+    def _adopt(self, parts: nn.Module) -> None:
+        """Take over the children of another module, of which one may be called ``graph`` or ``code``."""
+        for name in (*parts._modules, *parts._parameters, *parts._buffers):
+            if name not in YIELDING and hasattr(self, name):
+                raise UnsupportedError(
+                    f"the model has a part called {name}, a name that emitted modules need themselves",
+                    hint="give it another name",
+                )
+        self._modules.update(parts._modules)
+        self._parameters.update(parts._parameters)
+        self._buffers.update(parts._buffers)
+        self._non_persistent_buffers_set |= parts._non_persistent_buffers_set
+
+    def _part(self, name: str) -> Any:
+        """The model's own child, parameter or buffer of this name, if it has one."""
+        for parts in (self._modules, self._parameters, self._buffers):
+            if name in parts:
+                return parts[name]
+        return None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Same call as the traced model's."""
@@ -73,18 +99,21 @@ class ProgramModule(nn.Module):
         return self
 
     @property
-    def graph(self) -> fx.Graph:
-        """The graph of the present mode. It is the program's: read it, do not edit it."""
-        return self.graph_of("train" if self.training else "eval")
+    def graph(self) -> Any:
+        """The graph of the present mode. It is the program's: read it, do not edit it. (Where the model has a
+        part of this name, that.)"""
+        part = self._part("graph")
+        return self._graphs[0 if self.training else -1] if part is None else part
 
     def graph_of(self, mode: Mode) -> fx.Graph:
         """The graph that runs in ``mode``."""
         return self._graphs[0] if mode == "train" else self._graphs[-1]
 
     @property
-    def code(self) -> str:
-        """Generated Python of the present mode."""
-        return _source(self.graph)
+    def code(self) -> Any:
+        """Generated Python of the present mode. (Where the model has a part of this name, that.)"""
+        part = self._part("code")
+        return _source(self._graphs[0 if self.training else -1]) if part is None else part
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ProgramModule:
         # Graphs and code are immutable here and shared; everything else is copied as nn.Module does.

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 import graphsplit as gs
 from graphsplit.emission import ProgramModule
+from graphsplit.errors import UserError
 from laws import Step, as_call, assert_same_step, largest_difference, owned, step, tensors, uneven, wide
 from zoo import ZOO
 
@@ -430,3 +431,36 @@ def test_uneven_weights_differ() -> None:
     # The scalar that gradients are taken of must not hide an exchange of two outputs.
     weights = uneven(torch.zeros(4, 3))
     assert weights.unique().numel() == 12
+
+
+class Named(nn.Module):
+    """A layer under a name of the user's choice, and a parameter under another."""
+
+    def __init__(self, layer: str, parameter: str) -> None:
+        super().__init__()
+        self.names = layer, parameter
+        setattr(self, layer, nn.Linear(4, 8))
+        setattr(self, parameter, nn.Parameter(torch.ones(8)))
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer, parameter = self.names
+        return self.head(torch.relu(getattr(self, layer)(x)) * getattr(self, parameter))
+
+
+@pytest.mark.parametrize(("layer", "parameter"), [("code", "graph"), ("graph", "code")])
+def test_parts_of_the_model_may_be_called_as_properties_of_the_module(layer: str, parameter: str) -> None:
+    model, x = Named(layer, parameter), torch.randn(3, 4)
+    part = gs.partition(model, (x,), k=2)
+    assert part.verify().ok
+    module = gs.emit(part.program)
+    assert module.state_dict().keys() == model.state_dict().keys()
+    assert module.get_parameter(f"{layer}.weight").shape == (8, 4)
+    assert torch.equal(module(x), model(x))
+    assert torch.equal(copy.deepcopy(module)(x), model(x))
+    assert module.graph_of("train").nodes
+
+
+def test_a_part_called_as_a_method_of_the_module_is_refused() -> None:
+    with pytest.raises(UserError, match="a part called run_flat"):
+        gs.emit(gs.trace(Named("run_flat", "scale"), (torch.randn(3, 4),)))

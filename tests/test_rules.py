@@ -110,6 +110,9 @@ def affine_grid(h: Tensor) -> Tensor:
 
 
 SPLIT: dict[str, Case] = {
+    "broadcast_tensors": features(
+        lambda h: torch.stack(torch.broadcast_tensors(h, torch.linspace(1, 2, 16), h.new_ones(1, 1))).prod(0)
+    ),
     # Windows, shifts, moves.
     "unfold over time": sequences(lambda h: h.unfold(1, 3, 1).mean(-1)),
     "unfold over units": sequences(lambda h: h.unfold(-1, 4, 4).tanh().flatten(-2)),
@@ -121,6 +124,30 @@ SPLIT: dict[str, Case] = {
     "diff over time": sequences(lambda h: h.diff(dim=1)),
     "matrix_exp": features(lambda h: torch.matrix_exp(h.view(-1, 4, 2, 2) * 0.1).flatten(1)),
     "diagonal": features(lambda h: (h[:, :, None, None] * torch.ones(3, 3)).diagonal(0, 2, 3).sum(-1)),
+    "broadcast_to": sequences(lambda h: torch.broadcast_to(h[:, None], (h.shape[0], 2, 6, 16)).sum(1)),
+    "bucketize": features(lambda h: torch.bucketize(h.detach(), torch.linspace(-1, 1, 5)) * h),
+    "aminmax": features(lambda h: h - torch.aminmax(h, dim=-1, keepdim=True)[0]),
+    "kthvalue": features(lambda h: (h.view(-1, 8, 2) - h.view(-1, 8, 2).kthvalue(2, -1, True)[0]).flatten(1)),
+    "mse_loss": features(lambda h: h * F.mse_loss(h, h.relu())),
+    "mse_loss of each": features(lambda h: h * F.mse_loss(h, h.relu(), reduction="none")),
+    "smooth_l1_loss": features(lambda h: h * F.smooth_l1_loss(h, torch.zeros_like(h), reduction="sum")),
+    # Shorthands.
+    "hstack": features(lambda h: torch.hstack([h, h * 2]), 32),
+    "dstack": features(lambda h: torch.dstack([h, h.exp()]).prod(-1)),
+    "column_stack": features(lambda h: torch.column_stack([h, h.exp()]), 32),
+    "vstack": features(lambda h: torch.vstack([h, h.exp()]).view(2, -1, 16).prod(0)),
+    "atleast_3d": features(lambda h: torch.atleast_3d(h).squeeze(-1).relu()),
+    "ravel": sequences(lambda h: h[:, :, None].ravel().view(-1, 6, 16).relu()),
+    "fliplr": features(lambda h: torch.fliplr(h).relu()),
+    "kron": features(lambda h: torch.kron(h, torch.ones(1, 2)).relu(), 32),
+    "linalg.norm": features(lambda h: h / torch.linalg.norm(h, dim=-1, keepdim=True)),
+    "linalg.vecdot": features(lambda h: h * torch.linalg.vecdot(h, h)[:, None]),
+    "linalg.multi_dot": features(
+        lambda h: torch.linalg.multi_dot([h, torch.ones(16, 2), torch.ones(2, 16)]) + h
+    ),
+    "nanmean": features(lambda h: h - torch.nanmean(h, -1, keepdim=True)),
+    "pairwise_distance": features(lambda h: h * F.pairwise_distance(h, h.relu())[:, None]),
+    "triplet_margin_loss": features(lambda h: h * F.triplet_margin_loss(h, h.relu(), h.exp())),
     # Look-ups by constant indices.
     "permutation": features(lambda h: h[:, PERMUTATION].relu()),
     "permutation by index_select": features(lambda h: h.index_select(1, PERMUTATION).relu()),
@@ -195,13 +222,11 @@ SPLIT: dict[str, Case] = {
     "windows over the features of each head": features(
         lambda h: F.max_pool1d(h.unflatten(-1, (4, 4)), 2).flatten(1), 8
     ),
-    "broadcast_tensors": sequences(
+    "broadcast_tensors over time": sequences(
         lambda h: sum(torch.broadcast_tensors(h, h[:, :1].tanh(), torch.ones(16)))
     ),  # type: ignore[arg-type]
-    "hstack": features(lambda h: torch.hstack([h, h * 2]), 32),
-    "vstack": sequences(lambda h: torch.vstack([h, h.tanh()])[:2]),
-    "dstack": sequences(lambda h: torch.dstack([h, h.tanh()]), 32),
-    "column_stack": features(lambda h: torch.column_stack([h, h.tanh()]), 32),
+    "vstack of sequences": sequences(lambda h: torch.vstack([h, h.tanh()])[:2]),
+    "dstack of sequences": sequences(lambda h: torch.dstack([h, h.tanh()]), 32),
     "a loss of entries": features(lambda h: F.mse_loss(h, h.detach().tanh(), reduction="none")),
     "a loss": features(lambda h: h * F.smooth_l1_loss(h, torch.zeros_like(h))),
     "cross entropy with logits": features(
@@ -214,16 +239,15 @@ SPLIT: dict[str, Case] = {
     "grid_sample of channels one by one": maps(
         lambda h: affine_grid(h.flatten(0, 1)[:, None].expand(-1, 8, -1, -1))[:, 0].unflatten(0, (-1, 8))
     ),
-    "fliplr": features(lambda h: h.fliplr().relu()),
     "ravel and atleast_3d": features(lambda h: torch.atleast_3d(h.ravel().view(h.shape)).tanh()[..., 0]),
-    "broadcast_to": sequences(lambda h: h[:, :1].broadcast_to(h.shape).tanh()),
-    "aminmax": sequences(lambda h: h * h.aminmax(dim=1, keepdim=True).max),
-    "kthvalue": sequences(lambda h: h * h.kthvalue(2, 1, keepdim=True).values),
+    "broadcast_to over time": sequences(lambda h: h[:, :1].broadcast_to(h.shape).tanh()),
+    "aminmax over time": sequences(lambda h: h * h.aminmax(dim=1, keepdim=True).max),
+    "kthvalue over time": sequences(lambda h: h * h.kthvalue(2, 1, keepdim=True).values),
     "median": features(lambda h: h * h.median()),
     "cross entropy": features(
         lambda h: h * F.cross_entropy(h.mean(-1, keepdim=True) * torch.arange(4), torch.tensor([1, 2]))
     ),
-    "pairwise_distance": features(lambda h: h * F.pairwise_distance(h, h.tanh(), keepdim=True)),
+    "pairwise_distance, kept": features(lambda h: h * F.pairwise_distance(h, h.tanh(), keepdim=True)),
     "vecdot": sequences(lambda h: torch.linalg.vecdot(h, h.tanh(), dim=1)[:, None] * h),
     "unsafe_split": features(lambda h: torch.cat(torch.unsafe_split(h, 8, 1)[::-1], 1)),
     "singular values": features(lambda h: torch.linalg.svdvals(h.view(-1, 4, 2, 2)).flatten(1), 8),
@@ -433,6 +457,21 @@ LAYERS: dict[str, tuple[Case, float]] = {
         )
         for name, lead in (("queries of their own", (2, 16)), ("the same queries", (1, 1)))
     },
+    # Two kinds of units on one dimension of the weight: those that are met on the other side are divided.
+    "a weight of two dimensions, flattened": (
+        (
+            lambda: Net(
+                lambda s, x: s.fc(
+                    torch.tanh(s.a(x)[..., None] - torch.arange(8.0)).flatten(1)
+                    @ (s.w * s.scale[..., None]).flatten(1).T
+                ),
+                a=nn.Linear(8, 16), w=nn.Parameter(torch.randn(12, 16, 8)),
+                scale=nn.Parameter(torch.randn(12, 16)), fc=nn.Linear(12, 3),
+            ),
+            lambda: torch.randn(2, 8),
+        ),
+        0.3,
+    ),
     "a layer added to a product": (
         (
             lambda: Net(

@@ -75,6 +75,11 @@ FRACTIONS: dict[tuple[str, int], float] = {
     ("hub_vit", 2): 0.34,
     ("lstm", 2): 0.33,
     ("gru", 2): 0.34,
+    ("slot_attention", 2): 0.29,
+    ("slot_attention", 4): 0.09,
+    ("vector_quantizer", 2): 0.33,
+    ("kolmogorov_arnold", 2): 0.37,
+    ("fourier_operator", 2): 0.27,
 }
 
 CASES = [(name, k) for name, entry in ZOO.items() for k in entry.k]

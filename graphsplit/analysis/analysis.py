@@ -125,16 +125,17 @@ def _refuse_nothing(inference: Inference, assignment: Assignment, kept: tuple[st
     k = inference.k
     if k == 1 or any(axis.counts for axis in assignment.axes):
         return
-    if assignment.axes:
-        largest = max(assignment.axes, key=lambda axis: axis.size)
-        raise PartitionError(
-            f"K = {k} is larger than every axis: the widest, {largest.name}, has {largest.size} units",
-            hint=f"choose K of at most {largest.size}" if largest.size > 1 else "every axis is one unit",
-        )
     reason = f"; {kept[0]}" if kept else ""
     if not kept and inference.holding:
         node = inference.holding[0]
         reason = f"; {op_name(node)} keeps units whole ({source_of(node)})"
+    if assignment.axes:
+        largest = max(assignment.axes, key=lambda axis: axis.size)
+        raise PartitionError(
+            f"K = {k} is larger than every axis: the widest, {largest.name}, has {largest.size} units"
+            f"{reason}",
+            hint=f"choose K of at most {largest.size}" if largest.size > 1 else "every axis is one unit",
+        )
     raise PartitionError(
         f"there is nothing to split: every unit reaches an output or is held together{reason}",
         hint="the outputs of a model are shared by all sub-models: give the model a head, "

@@ -250,12 +250,13 @@ class Inference:
         return tuple(kept)
 
     def _one_kind_each(self, facts: Facts, factors: Factors) -> Factors:
-        """Where two kinds of units lie along one dimension (a flattened outer product) one is kept whole."""
+        """Where two kinds of units lie along one dimension (a flattened outer product) one is kept whole: the
+        inner one, but where K divides that alone."""
         dims = [dim for ids in factors for dim in varying(ids)]
         if len(dims) == len(set(dims)):
             return factors
         kept: list[Ids] = []
-        for ids in sorted(factors, key=lambda ids: np.unique(ids).size % self.k != 0):
+        for ids in sorted(factors, key=lambda ids: (np.unique(ids).size % self.k != 0, -_first_run(ids))):
             if any(set(varying(ids)) & set(varying(other)) for other in kept):
                 self.units.share(ids)
                 facts.whole = "an outer product of units is flattened"
@@ -276,6 +277,11 @@ def _array(value: Any) -> NDArray[Any] | None:
         return None
     found: NDArray[Any] = value.detach().cpu().numpy()
     return found
+
+
+def _first_run(ids: Ids) -> int:
+    """How often the first id stands before another one comes: 1 for the innermost of flattened dimensions."""
+    return int(np.argmax(ids.ravel() != ids.flat[0]))
 
 
 def _fits(ids: Ids, shape: tuple[int, ...]) -> bool:

@@ -11,7 +11,7 @@ After::
 
 Nested graphs (``no_grad`` regions, disabled autocast) are inlined, assertions dropped, writes to buffers
 collected. Composite ops stay whole: `run_decompositions` changes gradients of dropout and batch norm and
-scatters what one rule can see whole.
+scatters what one rule can see whole. Only those that are mere shorthands (`SHORTHANDS`) become their parts.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from graphsplit.errors import UnsupportedError
 from graphsplit.graphs import int_arg, node_arg, overload_of, state_node
@@ -39,11 +40,21 @@ DROPPED = {
     "sym_constrain_range_for_size.default", "_assert_async.default", "_assert_async.msg",
 }  # fmt: skip
 
+# Composite ops that say no more than their parts, which torch computes in their place anyway.
+SHORTHANDS = {
+    "hstack", "vstack", "row_stack", "dstack", "column_stack", "atleast_1d", "atleast_2d", "atleast_3d",
+    "ravel", "fliplr", "flipud", "inner", "outer", "ger", "kron", "linalg_norm", "frobenius_norm",
+    "linalg_vecdot", "linalg_multi_dot", "chain_matmul", "nanmean", "trapezoid", "cov", "corrcoef",
+    "cartesian_prod", "pairwise_distance", "triplet_margin_loss", "cosine_embedding_loss",
+    "margin_ranking_loss",
+}  # fmt: skip
+
 # In-place and out= overloads whose functional twin has another name.
 TWINS: dict[str, Any] = {
     "bernoulli_.float": aten.bernoulli.p,
     "zero_.default": aten.zeros_like.default,
     "normal_.default": aten.normal_functional.default,
+    "transpose_.default": aten.transpose.int,
 }
 
 # Views that name exactly one region of their base: how to write a new value of the view back into the base.
@@ -99,11 +110,14 @@ INVERSES: dict[str, Inverse] = {
     "flatten.using_ints": _reshape_back,
     "unflatten.int": _reshape_back,
     "squeeze.dim": _reshape_back,
+    "squeeze.dims": _reshape_back,
     "squeeze.default": _reshape_back,
     "unsqueeze.default": _reshape_back,
     "view_as.default": _reshape_back,
     "reshape_as.default": _reshape_back,
     "transpose.int": _same_again,
+    "swapaxes.default": _same_again,
+    "swapdims.default": _same_again,
     "t.default": _same_again,
     "permute.default": _permute_back,
     "alias.default": _identity,
@@ -121,18 +135,11 @@ INVERSES: dict[str, Inverse] = {
     "type_as.default": _identity,
 }
 
-# Change the shape of their argument in place: rare, and not worth a rule.
-RESHAPING = {
-    "unsqueeze_",
-    "squeeze_",
-    "transpose_",
-    "t_",
-    "swapaxes_",
-    "swapdims_",
-    "resize_",
-    "set_",
-    "as_strided_",
-}
+# Change the shape of their argument in place: what the tracer reads afterwards is a view like any other.
+RESHAPING = {"unsqueeze_", "squeeze_", "transpose_", "t_", "swapaxes_", "swapdims_"}
+
+# Change what memory a tensor has: rare, and not worth a rule.
+REPLACING = {"resize_", "set_", "as_strided_"}
 
 # Views that come as a list, with the position of their ``dim`` argument.
 LIST_VIEWS = {
@@ -343,7 +350,7 @@ class Functionalizer:
 
     def _rebuild(self, node: fx.Node) -> None:
         name = op_name(node)
-        if name in DROPPED:
+        if name in DROPPED or _only_checked(node):
             return
         if node.target is torch._C._set_grad_enabled:
             self.grad_enabled = bool(node.args[0])
@@ -354,12 +361,16 @@ class Functionalizer:
             and any(operand in self.differentiable for operand in node.all_input_nodes)
         ):
             self.differentiable.add(node)
+        if name.partition(".")[0] in RESHAPING and node_arg(node).op != "placeholder":
+            node.target = functional_twin(node.target)
         if node.op == "get_attr":
             self.values[node] = getattr(self.exported.graph_module, str(node.target))
         elif isinstance(node.target, torch._ops.HigherOrderOperator):
             self._nested(node)
         elif node.target is operator.getitem and isinstance(self.values.get(node_arg(node)), tuple):
             self._bind_value(node, self.values[node_arg(node)][node.args[1]])
+        elif _is_shorthand(node):
+            self._bind_value(node, self._inline(_parts(node), node.all_input_nodes)[0])
         elif isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
             self._in_place(node)
         else:
@@ -403,7 +414,7 @@ class Functionalizer:
             raise self._no_inverse(op_name(node_arg(root)))
         mutated = [a for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
         twin = functional_twin(node.target) if len(mutated) == 1 else None
-        if name.partition(".")[0] in RESHAPING:
+        if name.partition(".")[0] in RESHAPING | REPLACING:
             twin = None
         if name == "copy_.default":
             self._assign(node, written, self.read(node_arg(node, 1)))
@@ -470,13 +481,24 @@ class Functionalizer:
                 where=str(self._place_of_region(node)),
                 hint="put the no_grad block outside of the autocast block",
             )
-        outer = list(operands)
-        results: tuple[Any, ...] = ()
         before = self.grad_enabled, self._inside_region
         if not enabled:
             self.grad_enabled, self._inside_region = False, True
         elif name == "wrap_with_set_grad_enabled":
             self.grad_enabled, self._inside_region = True, False
+        results = self._inline(module, operands)
+        self.grad_enabled, self._inside_region = before
+        if not enabled:
+            for result in results:
+                if isinstance(result, fx.Node) and result.op == "call_function":
+                    self.values[result] = self._detached(self.read(result))
+                    self.parents.pop(result, None)
+        self.values[node] = results
+
+    def _inline(self, module: fx.GraphModule, operands: Sequence[Any]) -> tuple[Any, ...]:
+        """Rebuild the nodes of another graph in the place of a node; returns what that graph does."""
+        outer = list(operands)
+        results: tuple[Any, ...] = ()
         for inner in module.graph.nodes:
             if inner.op == "placeholder":
                 self._bind_value(inner, outer.pop(0))
@@ -487,13 +509,7 @@ class Functionalizer:
                 self.values[inner] = getattr(module, str(inner.target))
             else:
                 self._node(inner)
-        self.grad_enabled, self._inside_region = before
-        if not enabled:
-            for result in results:
-                if isinstance(result, fx.Node) and result.op == "call_function":
-                    self.values[result] = self._detached(self.read(result))
-                    self.parents.pop(result, None)
-        self.values[node] = results
+        return results
 
     def _place_of_region(self, node: fx.Node) -> Source:
         """Provenance of a region op, or of the first op in it: the tracer gives regions none."""
@@ -519,13 +535,44 @@ class Functionalizer:
             self.values[node] = value
 
 
+def _only_checked(node: fx.Node) -> bool:
+    """True for a number (an ``item``, a comparison) that only assertions read, which are dropped."""
+    return (
+        node.op == "call_function"
+        and not isinstance(node.meta.get("val"), torch.Tensor)
+        and bool(node.users)
+        and all(op_name(user) in DROPPED or _only_checked(user) for user in node.users)
+    )
+
+
 def _is_alias(node: fx.Node) -> bool:
-    """A node that is its base under another name: an in-place op's result, or a binding of a nested graph."""
+    """A node that is its base under another name: an in-place op's result, a binding of an inlined graph."""
     if node.target is operator.getitem:
         return isinstance(node_arg(node).target, torch._ops.HigherOrderOperator)
-    if node.op == "placeholder":
+    if node.op == "placeholder" or _is_shorthand(node):
         return True
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _is_shorthand(node: fx.Node) -> bool:
+    """Is a call one of `SHORTHANDS`?"""
+    return node.op == "call_function" and op_name(node).partition(".")[0] in SHORTHANDS
+
+
+def _parts(node: fx.Node) -> fx.GraphModule:
+    """The ops that a composite op is made of, as a graph over its operands."""
+    operands = node.all_input_nodes
+
+    def call(*values: Any) -> Any:
+        given = dict(zip(operands, values, strict=True))
+        args, kwargs = fx.map_arg((node.args, node.kwargs), given.__getitem__)
+        return overload_of(node).decompose(*args, **kwargs)
+
+    parts: fx.GraphModule = make_fx(call)(*(operand.meta["val"] for operand in operands))
+    parts.graph.eliminate_dead_code()
+    for part in parts.graph.nodes:
+        part.meta = {**node.meta, "val": part.meta.get("val")}
+    return parts
 
 
 def _viewed(node: fx.Node) -> fx.Node | None:

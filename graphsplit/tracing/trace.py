@@ -300,6 +300,17 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
+def _distributions_unchecked() -> Iterator[None]:
+    """Leave out the checks of `torch.distributions`, which branch on values; assertions are dropped, too."""
+    checked = torch.distributions.Distribution._validate_args
+    torch.distributions.Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        torch.distributions.Distribution.set_default_validate_args(checked)
+
+
+@contextmanager
 def _custom_functions_refused() -> Iterator[None]:
     """Refuse custom `torch.autograd.Function` by name: torch.export silently drops their backward."""
     function: Any = torch.autograd.Function
@@ -341,7 +352,7 @@ def _export(
     for tensor, name in zip(call.tensors, call.names, strict=True):
         dims = (dynamic or {}).get(name, (0,))
         shapes.append({dim: ExportDim.AUTO for dim in dims if dim < tensor.dim()})
-    with warnings.catch_warnings(), _quiet(), _custom_functions_refused():
+    with warnings.catch_warnings(), _quiet(), _custom_functions_refused(), _distributions_unchecked():
         warnings.simplefilter("ignore")
         try:
             exported = torch.export.export(

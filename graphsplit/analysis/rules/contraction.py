@@ -15,7 +15,7 @@ from torch import fx
 from graphsplit.analysis.facts import Facts, Path, argument, place_of, rule
 from graphsplit.analysis.inference import Inference, whole
 from graphsplit.analysis.units import Factors, Ids, seen_by, varying
-from graphsplit.graphs import base_name, node_arg, node_list_arg
+from graphsplit.graphs import node_arg, node_list_arg
 
 
 @dataclass
@@ -444,25 +444,6 @@ def tensordot(inference: Inference, node: fx.Node) -> Facts:
         inference,
         [operand_of(inference, (0,), a, "".join(left)), operand_of(inference, (1,), b, "".join(right))],
         output,
-    )
-    found.facts.linear = _linear_operands(node, inference, [a, b], [])
-    return found.facts
-
-
-@rule("inner.default", "outer.default")
-def inner(inference: Inference, node: fx.Node) -> Facts:
-    """``y[..., ...'] = a[..., k] b[...', k]``; the outer product of vectors sums over nothing."""
-    a, b = node_arg(node), node_arg(node, 1)
-    left, right = (len(inference.shape(operand)) for operand in (a, b))
-    if not left or not right:
-        return whole(inference, node, "an inner product with a scalar")
-    first, second = LETTERS[:left], LETTERS.upper()[:right]
-    output = first + second
-    if base_name(node) == "inner":
-        second = second[:-1] + first[-1]
-        output = first[:-1] + second[:-1]
-    found = contract(
-        inference, [operand_of(inference, (0,), a, first), operand_of(inference, (1,), b, second)], output
     )
     found.facts.linear = _linear_operands(node, inference, [a, b], [])
     return found.facts

@@ -13,7 +13,7 @@ from graphsplit.analysis.facts import Facts, Path, argument, indexed, rolled, ru
 from graphsplit.analysis.inference import Inference, whole
 from graphsplit.analysis.rules.pointwise import align, meet
 from graphsplit.analysis.units import SHARED, Factors, Ids, varying
-from graphsplit.graphs import base_name, node_arg, node_list_arg
+from graphsplit.graphs import node_arg, node_list_arg
 
 
 @rule("operator.getitem")
@@ -126,18 +126,11 @@ def split(inference: Inference, node: fx.Node) -> Facts:
     return Facts(list(pieces), linear=(x,), keeps_zero=True, whole=next(filter(None, reasons), None))
 
 
-# Which dimension of tensors of full rank these join.
-STACKS = {"vstack": 0, "row_stack": 0, "hstack": 1, "column_stack": 1, "dstack": 2}
-
-
-@rule(*(f"{name}.default" for name in ("cat", "concat", "concatenate", *STACKS)))
+@rule("cat.default", "concat.default", "concatenate.default")
 def cat(inference: Inference, node: fx.Node) -> Facts:
     """Tensors one after the other; entries without units (inputs, zeros) are shared."""
     rank = node.meta["value"].ndim
-    name = base_name(node)
-    if name in STACKS and any(len(inference.shape(tensor)) < max(rank, 2) for tensor in node_list_arg(node)):
-        return whole(inference, node, f"{name} of tensors that get further dimensions")
-    dim = STACKS[name] if name in STACKS else int(argument(node, 1, "dim", 0)) % rank
+    dim = int(argument(node, 1, "dim", 0)) % rank
     # An empty vector (the start of a cache) may stand beside tensors of any rank.
     parts: list[tuple[Path, fx.Node]] = [
         ((0, place), tensor) for place, tensor in enumerate(node_list_arg(node))
@@ -307,12 +300,12 @@ def index_tensor(inference: Inference, node: fx.Node) -> Facts:
     return Facts(tuple(outputs), linear=(x,), keeps_zero=True, whole=reason)
 
 
-@rule("flip.default", "fliplr.default", "flipud.default")
+@rule("flip.default")
 def flip(inference: Inference, node: fx.Node) -> Facts:
     """The other way round along some dimensions."""
     x = node_arg(node)
     rank = len(inference.shape(x))
-    dims: Any = {"fliplr": [1], "flipud": [0]}.get(base_name(node)) or node.args[1]
+    dims: Any = node.args[1]
     outputs = []
     for ids in inference.factors(x):
         for dim in dims:

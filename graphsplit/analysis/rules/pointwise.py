@@ -6,7 +6,7 @@ import numpy as np
 from torch import fx
 
 from graphsplit.analysis.facts import Facts, Path, argument, rule
-from graphsplit.analysis.inference import Inference, operands
+from graphsplit.analysis.inference import Inference, operands, whole
 from graphsplit.analysis.units import Factors, Ids, seen_by, varying
 from graphsplit.graphs import base_name, node_arg, node_list_arg
 
@@ -267,6 +267,14 @@ def prelu(inference: Inference, node: fx.Node) -> Facts:
     if (1,) in expects:
         expects[(1,)] = tuple(ids.ravel() for ids in expects[(1,)])
     return Facts(factors, expects, keeps_zero=True)
+
+
+@rule("bucketize.Tensor")
+def bucketize(inference: Inference, node: fx.Node) -> Facts:
+    """The number of the interval that each entry falls into."""
+    if not inference.is_common(node.args[1]):
+        return whole(inference, node, "bucketize with bounds that are no constants")
+    return Facts(inference.factors(node_arg(node)))
 
 
 @rule("type_as.default")

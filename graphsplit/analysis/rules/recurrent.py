@@ -9,7 +9,7 @@ from torch import fx
 
 from graphsplit.analysis.facts import Facts, Path, rule
 from graphsplit.analysis.inference import Inference, whole
-from graphsplit.analysis.units import Factors, Ids, varying
+from graphsplit.analysis.units import Factors, Ids
 from graphsplit.graphs import base_name, node_arg
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
@@ -33,10 +33,7 @@ def recurrent(inference: Inference, node: fx.Node) -> Facts:
     projected = count == (5 if has_biases else 3)
     if any(not isinstance(p, fx.Node) or p.op != "get_attr" for p in params):
         return whole(inference, node, f"{name} with computed weights")
-    found = _features(inference, x)
-    if found is None:
-        return whole(inference, node, f"{name} over an input whose units are not its features")
-    current = found[0] if found else None
+    current, reason = _features(inference, x, name)
     hidden: list[Ids] = []
     cells: list[Ids] = []
     for layer in range(layers):
@@ -56,7 +53,7 @@ def recurrent(inference: Inference, node: fx.Node) -> Facts:
         for units in finals[1:]:
             inference.units.couple(finals[0], units)
     rank = len(inference.shape(x))
-    facts = Facts([])
+    facts = Facts([], whole=reason)
     outputs: list[Factors] = [(current.reshape((1,) * (rank - 1) + (-1,)),)]
     for position, (state, units) in enumerate(zip(states, (hidden[0], cells[0]), strict=False)):
         path: Path = (1, position) if several else (1,)
@@ -73,12 +70,10 @@ def cell(inference: Inference, node: fx.Node) -> Facts:
     x, hx, *weights = arguments
     if any(not isinstance(p, fx.Node) or p.op != "get_attr" for p in weights if p is not None):
         return whole(inference, node, f"a cell of {name} with computed weights")
-    found = _features(inference, x)
-    if found is None:
-        return whole(inference, node, f"a cell of {name} over an input whose units are not its features")
+    features, reason = _features(inference, x, name)
     given = [weight for weight in weights if weight is not None]
-    units, _ = _gates(inference, GATES[name], found[0] if found else None, given, None)
-    facts = Facts([])
+    units, _ = _gates(inference, GATES[name], features, given, None)
+    facts = Facts([], whole=reason)
     if name == "lstm":
         assert isinstance(hx, (list, tuple))
         facts.outputs = [
@@ -89,15 +84,14 @@ def cell(inference: Inference, node: fx.Node) -> Facts:
     return facts
 
 
-def _features(inference: Inference, x: Any) -> list[Ids] | None:
-    """Ids of the features of an input (none, or one array); None where others of its dimensions are units."""
-    rank = len(inference.shape(x))
-    found = []
-    for ids in inference.factors(x):
-        if varying(ids) != (rank - 1,):
-            return None
-        found.append(ids.ravel())
-    return found
+def _features(inference: Inference, x: Any, name: str) -> tuple[Ids | None, str | None]:
+    """Ids of the features of an input, if it has any.
+
+    Units along its other dimensions are kept whole, for the reason that is given beside.
+    """
+    factors, lost = inference.hold(x, range(len(inference.shape(x)) - 1))
+    features = factors[0].ravel() if factors else None
+    return features, f"{name} over an input whose units are not its features" if lost else None
 
 
 def _gates(

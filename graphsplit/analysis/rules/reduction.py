@@ -29,9 +29,9 @@ def _dims(value: Any, rank: int) -> list[int]:
     "prod.default", "all.default", "any.default", "var.default", "std.default", "argmax.default",
     "argmin.default", "sum.dim_IntList", "mean.dim", "var.dim", "var.correction", "std.dim", "std.correction",
     "logsumexp.default", "linalg_vector_norm.default", "norm.ScalarOpt_dim", "norm.Scalar", "all.dim",
-    "any.dim", "prod.dim_int", "nansum.default", "count_nonzero.default", "linalg_norm.default",
-    "linalg_norm.ord_str", "linalg_matrix_norm.default", "linalg_matrix_norm.str_ord", "all.dims", "any.dims",
-    "count_nonzero.dim_IntList", "nanmean.default", "median.default", "nanmedian.default",
+    "any.dim", "prod.dim_int", "nansum.default", "count_nonzero.default", "linalg_matrix_norm.default",
+    "linalg_matrix_norm.str_ord", "all.dims", "any.dims", "count_nonzero.dim_IntList", "median.default",
+    "nanmedian.default",
 )  # fmt: skip
 def reduce(inference: Inference, node: fx.Node) -> Facts:
     """Dimensions that vanish (or stay with size 1). Along units, each sub-model reduces its own."""
@@ -186,15 +186,14 @@ def class_loss(inference: Inference, node: fx.Node) -> Facts:
     return Facts((), whole="classes are units" if lost else None)
 
 
-@rule("cosine_similarity.default", "pairwise_distance.default", "linalg_vecdot.default")
+@rule("cosine_similarity.default")
 def compare(inference: Inference, node: fx.Node) -> Facts:
-    """Angle, distance or product along one dimension: each sub-model has that of its own units."""
+    """The angle along one dimension: each sub-model has that of its own units."""
     a, b = node.args[:2]
     assert isinstance(a, fx.Node) and isinstance(b, fx.Node)
     rank = max(len(inference.shape(a)), len(inference.shape(b)))
     factors, expects = align(inference, rank, [((0,), a), ((1,), b)])
-    default = 1 if base_name(node) == "cosine_similarity" else -1
-    dim = default if base_name(node) == "pairwise_distance" else argument(node, 2, "dim", default)
-    facts = _reduced_factors(inference, factors, _dims(dim, rank), node.meta["value"].ndim == rank)
+    dims = _dims(argument(node, 2, "dim", 1), rank)
+    facts = _reduced_factors(inference, factors, dims, node.meta["value"].ndim == rank)
     facts.expects = expects
     return facts

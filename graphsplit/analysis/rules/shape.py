@@ -23,7 +23,7 @@ def _moved(node: fx.Node, factors: Factors) -> Facts:
 @rule(
     "view.default", "reshape.default", "_unsafe_view.default", "flatten.using_ints", "unflatten.int",
     "squeeze.dim", "squeeze.default", "squeeze.dims", "unsqueeze.default", "view_as.default",
-    "reshape_as.default", "ravel.default", "atleast_1d.default", "atleast_2d.default", "atleast_3d.default",
+    "reshape_as.default",
 )  # fmt: skip
 def reshape(inference: Inference, node: fx.Node) -> Facts:
     """Elements keep their order; sizes are those of the traced example, so every reshape is this one."""
