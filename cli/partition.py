@@ -24,6 +24,7 @@ from graphsplit.cli.common import (
     OptionalK,
     Options,
     Outputs,
+    Seed,
     Shares,
     Start,
     Strategy,
@@ -45,9 +46,6 @@ Init = Annotated[
     typer.Option(
         "--init", help="Weights of the sub-models: slices of the model's, rescaled slices, or fresh ones."
     ),
-]
-Seed = Annotated[
-    int, typer.Option("--seed", metavar="N", help="Of fresh weights, and of random and clustered units.")
 ]
 NoVerify = Annotated[
     bool, typer.Option("--no-verify", help="Do not check that the pieces compute what they should.")
