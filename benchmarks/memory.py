@@ -3,15 +3,11 @@
     python benchmarks/memory.py [--models LSTM ...] [--out benchmarks/results/memory.md]
 
 The largest sub-model of a partition takes two training steps (forward pass, cross-entropy, backward pass,
-optimizer step) in a fresh process, twice:
-
-- under torch's profiler, which records what torch's allocator gives and takes back. Their running sum at its
-  highest, with the weights, is the measured peak. On a GPU it is `torch.cuda.max_memory_allocated`. This is
-  the number that the cost model is about.
-- without it, for the peak of the resident set (VmHWM of Linux, set back before). Weights are in memory by
-  then, and code is loaded; the growth is added to the weights. It also holds what kernels take by malloc, and
-  lacks pages that were never written to. glibc gives blocks from 64 KiB back at once
-  (MALLOC_MMAP_THRESHOLD_), so that no heap of free blocks is counted.
+optimizer step) in a fresh process. On a GPU the measured peak is `torch.cuda.max_memory_allocated`. On a CPU
+torch's profiler records what torch's allocator gives and takes back, temporaries of oneDNN included; the peak
+is their running sum at its highest, with the weights. The peak of the resident set is not used: code that the
+kernel loads and takes back, and heaps of free blocks, change it by tens of MB from run to run, and pages that
+were never written to are not in it.
 
 Optimizers run with foreach=True, as torch chooses by itself on an accelerator. On a CPU it loops over
 parameters by default, which takes less. SGD has a weight decay.
@@ -22,11 +18,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
-import gc
 import json
-import os
 import platform
-import re
 import subprocess
 import sys
 import tempfile
@@ -148,11 +141,13 @@ def measure(name: str, k: int) -> list[dict[str, Any]]:
     measured = peak_on_cuda if torch.cuda.is_available() else peak_on_cpu
     return [
         {
-            "name": optimizer, **dataclasses.asdict(memory), "predicted": memory.total,
-            **{kind: weights + more for kind, more in measured(model, batch, optimizer).items()},
+            "name": optimizer,
+            **dataclasses.asdict(memory),
+            "predicted": memory.total,
+            "measured": weights + measured(model, batch, optimizer),
         }
         for optimizer, memory in predicted.items()
-    ]  # fmt: skip
+    ]
 
 
 def train(model: nn.Module, batch: Tensor, optimizer: Optimizer) -> None:
@@ -168,22 +163,17 @@ def train(model: nn.Module, batch: Tensor, optimizer: Optimizer) -> None:
     learner.zero_grad()
 
 
-def peak_on_cuda(model: nn.Module, batch: Tensor, optimizer: Optimizer) -> dict[str, int]:
+def peak_on_cuda(model: nn.Module, batch: Tensor, optimizer: Optimizer) -> int:
     """Bytes that CUDA's allocator held at most, beyond the model."""
     model, batch = model.cuda(), batch.cuda()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     train(model, batch, optimizer)
-    return {"allocated": torch.cuda.max_memory_allocated() - before}
+    return torch.cuda.max_memory_allocated() - before
 
 
-def peak_on_cpu(model: nn.Module, batch: Tensor, optimizer: Optimizer) -> dict[str, int]:
-    """Bytes that torch's allocator held at most, and by which the resident set grew, beyond the model."""
-    return {"allocated": allocated(model, batch, optimizer), "resident": grown(model, batch, optimizer)}
-
-
-def allocated(model: nn.Module, batch: Tensor, optimizer: Optimizer) -> int:
-    """The highest sum of what torch's CPU allocator gave and took back."""
+def peak_on_cpu(model: nn.Module, batch: Tensor, optimizer: Optimizer) -> int:
+    """Bytes that torch's CPU allocator held at most, beyond the model."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
         train(model, batch, optimizer)
@@ -195,30 +185,13 @@ def allocated(model: nn.Module, batch: Tensor, optimizer: Optimizer) -> int:
     return max(accumulate(size for _, size in memory))
 
 
-def grown(model: nn.Module, batch: Tensor, optimizer: Optimizer) -> int:
-    """The most by which the resident set of this process grew."""
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS
-    before = status("VmRSS")
-    train(model, batch, optimizer)
-    return status("VmHWM") - before
-
-
-def status(field: str) -> int:
-    """A field of /proc/self/status, in bytes."""
-    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found is not None
-    return int(found[1]) * 1024
-
-
 # -- the report ----------------------------------------------------------------------------------------------
 
 
 def in_a_process(name: str, k: int) -> list[dict[str, Any]]:
     """`measure`, in a fresh process."""
     call = [sys.executable, __file__, "--measure", name, str(k)]
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**16)}
-    done = subprocess.run(call, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(call, stdout=subprocess.PIPE, text=True, check=True)
     found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -232,23 +205,18 @@ def report(names: Sequence[str]) -> list[str]:
     """A row for each model, K and optimizer."""
     lines = [
         "| model | batch | K | optimizer | state | optimizer's | both passes | update | predicted "
-        "| measured peak | predicted / measured | resident set | predicted / resident |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| measured peak | predicted / measured |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     ratios = []
     for name in names:
         shape = " × ".join(map(str, CASES[name].batch().shape))
         for k in KS:
             for found in in_a_process(name, k):
-                ratios.append(found["predicted"] / found["allocated"])
-                parts = ("state", "optimizer", "passes", "update", "predicted", "allocated")
+                ratios.append(found["predicted"] / found["measured"])
+                parts = ("state", "optimizer", "passes", "update", "predicted", "measured")
                 row = f"| {name} | {shape} | {k} | {found['name']} | "
                 row += " | ".join(megabytes(found[part]) for part in parts) + f" | {ratios[-1]:.2f} |"
-                if "resident" in found:
-                    ratio = found["predicted"] / found["resident"]
-                    row += f" {megabytes(found['resident'])} | {ratio:.2f} |"
-                else:
-                    row += " | |"
                 lines.append(row)
                 print(row, flush=True)
     below = sum(ratio < 1 for ratio in ratios)
@@ -280,8 +248,8 @@ def main() -> None:
         f"{platform.python_version()}, torch {torch.__version__}.",
         "",
         "The largest sub-model of each partition takes two training steps in a fresh process. The measured "
-        "peak is that of torch's allocator. The resident set, beside it, also holds what kernels take by "
-        "malloc, and lacks pages that were never written to.",
+        "peak is that of torch's allocator. The prediction is state, optimizer's states, and the larger one of "
+        "what both passes hold and what is held during the update.",
         "",
         *table,
     ]

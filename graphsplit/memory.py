@@ -3,8 +3,8 @@
 One step is run on fake tensors, which have shapes but no memory: forward pass, a loss, backward pass. What
 ops make is added up until it is freed, and the highest sum is taken: what autograd saves, gradients of
 activations while they are alive, and gradients of parameters as they come. Convolutions and LSTMs take more
-than fake tensors show, in the kernels of oneDNN (`_kept` and `_scratch`). What an allocator keeps in reserve
-is not counted. ``benchmarks/memory.py`` compares with measured peaks.
+than fake tensors show, in the kernels of oneDNN (`_kept` and `_scratch`). Workspaces of cuDNN and what an
+allocator keeps in reserve are not counted. ``benchmarks/memory.py`` compares with measured peaks.
 """
 
 from __future__ import annotations
@@ -122,7 +122,8 @@ class _Watch(TorchDispatchMode):
         if func is aten.mkldnn_rnn_layer.default:
             self._hold(result[3], _kept(args[0], result[0]))
         for tensor in pytree.tree_leaves(result):
-            if isinstance(tensor, Tensor):
+            # a sparse tensor consists of others, which have been seen
+            if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
                 self._hold(tensor, tensor.untyped_storage().nbytes())
         self.peak = max(self.peak, self.held)
         return result

@@ -95,6 +95,15 @@ def test_frozen_parameters_have_no_gradients() -> None:
     assert found.update < all_of_it.update
 
 
+def test_sparse_gradients_are_counted_by_their_values() -> None:
+    def passes(sparse: bool) -> int:
+        model = nn.Sequential(nn.Embedding(1000, 16, sparse=sparse), nn.Linear(16, 32), nn.Linear(32, 5))
+        return training_memory(gs.trace(model, torch.zeros(2, 4, dtype=torch.long))).passes
+
+    table = 4 * 1000 * 16
+    assert passes(True) < table < passes(False)
+
+
 def test_a_model_without_parameters_to_train_costs_its_inference() -> None:
     model = nn.Linear(64, 8).requires_grad_(False)
     found = training_memory(gs.trace(model, torch.zeros(2, 64)))
