@@ -75,6 +75,9 @@ Fit = Annotated[
         "--fit", metavar="BYTES", help="In place of -k: the smallest K whose sub-models train in 8GB, say."
     ),
 ]
+Seed = Annotated[
+    int, typer.Option("--seed", metavar="N", help="Of fresh weights, and of random and clustered units.")
+]
 Entry = Annotated[
     str | None, typer.Option("--entry", metavar="NAME", help="What gives the model, in place of `model`.")
 ]
@@ -185,10 +188,14 @@ def open_model(asked: Asked, progress: Progress, options: Options | None = None)
     return Opened(divided, asked.target, example=example)
 
 
-def open_either(asked: Asked, progress: Progress) -> Opened:
+def open_either(asked: Asked, progress: Progress, options: Options | None = None) -> Opened:
     """The division of a bundle, or of a model."""
     if not asked.is_bundle:
-        return open_model(asked, progress)
+        return open_model(asked, progress, options)
+    if options not in (None, Options()):
+        raise typer.BadParameter(
+            "--shares, --strategy, --fit and --seed are for models; a bundle is divided already"
+        )
     return open_partition(asked, read_any(asked, progress), progress)
 
 

@@ -3,16 +3,37 @@
 from __future__ import annotations
 
 from graphsplit.cli import console
-from graphsplit.cli.common import Asked, Entry, Inputs, Json, OptionalK, Outputs, Target, Verbose, open_either
+from graphsplit.cli.common import (
+    Asked,
+    Entry,
+    Fit,
+    Inputs,
+    Json,
+    OptionalK,
+    Options,
+    Outputs,
+    Seed,
+    Shares,
+    Strategy,
+    Target,
+    Verbose,
+    Who,
+    open_either,
+    parse_shares,
+)
 from graphsplit.report import model_report
 
 
 def inspect(
     target: Target,
     k: OptionalK = None,
+    shares: Shares = None,
+    strategy: Strategy = Who.contiguous,
+    fit: Fit = None,
     entry: Entry = None,
     inputs: Inputs = None,
     keep_output: Outputs = None,
+    seed: Seed = 0,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -20,7 +41,11 @@ def inspect(
 
     Nothing is written.
     """
-    opened = open_either(Asked(target, k, entry, inputs, keep_output, allow_meta=True), console.Progress())
+    options = Options(parse_shares(shares), strategy, fit, seed=seed)
+    meta = strategy is not Who.cluster  # which looks at the weights
+    opened = open_either(
+        Asked(target, k, entry, inputs, keep_output, allow_meta=meta), console.Progress(), options
+    )
     report = model_report(opened.partition.analysis)
     if as_json:
         console.json({"origin": opened.origin, **report})

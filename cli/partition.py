@@ -25,6 +25,7 @@ from graphsplit.cli.common import (
     Options,
     Out,
     Outputs,
+    Seed,
     Shares,
     Start,
     Strategy,
@@ -43,9 +44,6 @@ Init = Annotated[
     typer.Option(
         "--init", help="Weights of the sub-models: slices of the model's, rescaled slices, or fresh ones."
     ),
-]
-Seed = Annotated[
-    int, typer.Option("--seed", metavar="N", help="Of fresh weights, and of random and clustered units.")
 ]
 NoVerify = Annotated[
     bool, typer.Option("--no-verify", help="Do not check that the pieces compute what they should.")

@@ -209,6 +209,27 @@ def test_inspect_json(folder: Path) -> None:
     assert report["duplicated"][0]["op"] == "layer_norm"
 
 
+def test_inspect_divides_as_partition_does(folder: Path) -> None:
+    def axis(*arguments: object) -> list[int]:
+        done = run("inspect", folder / "model.py", "--json", *arguments)
+        assert done.exit_code == 0, done.stderr
+        per_submodel: list[int] = json.loads(done.stdout)["axes"][0]["per_submodel"]
+        return per_submodel
+
+    assert axis("--shares", "3,1") == [12, 4]
+    assert axis("--fit", "1GB") == [16]
+    for strategy in ("interleaved", "random", "cluster"):
+        assert axis("--strategy", strategy, "--seed", 1, "-k", 4) == [4, 4, 4, 4]
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--shares", "3,1"), ("--strategy", "random"), ("--fit", "1GB"), ("--seed", "1")]
+)
+def test_a_bundle_is_not_divided_again(folder: Path, arguments: tuple[str, ...]) -> None:
+    done = run("inspect", folder / "bundle", *arguments)
+    assert done.exit_code == 2 and "a bundle is divided already" in done.stderr
+
+
 def test_inspect_names_what_cannot_be_split(write: Callable[[str], Path]) -> None:
     path = write("""
 class Net(nn.Module):
@@ -693,7 +714,10 @@ def test_a_stdout_without_the_signs_gets_others(monkeypatch: pytest.MonkeyPatch)
 # The options: a new one is a decision, written down here.
 
 OPTIONS = {
-    "inspect": ["-k", "--entry", "--input", "--keep-output", "--json", "-v/--verbose"],
+    "inspect": [
+        *("-k", "--shares", "--strategy", "--fit", "--entry", "--input", "--keep-output", "--seed", "--json"),
+        "-v/--verbose",
+    ],
     "partition": [
         *(
             "-o/--out",
