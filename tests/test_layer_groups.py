@@ -141,6 +141,15 @@ def test_a_stacked_recurrent_network_is_cut_between_its_layers() -> None:
     assert [group.parameters for group in groups.plan.groups] == [480, 576, 576, 576]
 
 
+def test_what_training_writes_is_read_by_the_same_group_in_evaluation() -> None:
+    entry = ZOO["running_statistic"]
+    groups = gs.layer_groups(entry.build(), *as_call(entry.inputs()), n=4)
+    assert groups.program.branches_on_training
+    assert [("average" in program.state) for program in groups.programs].count(True) == 1
+    certificate = groups.verify()
+    assert certificate.ok, str(certificate)
+
+
 RECOMPOSED = (
     "lenet", "vgg_bn", "resnet_basic", "densenet", "googlenet", "shufflenet_v2", "unet", "vit", "swin", "gpt",
     "lstm", "gru", "hub_bert", "hub_gpt2_no_cache", "hub_t5", "hub_llama_tied_eager", "hub_resnet",

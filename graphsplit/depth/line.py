@@ -41,7 +41,8 @@ class Line:
     def __init__(self, program: Program, graph: fx.Graph) -> None:
         self.program = program
         self.graph = graph
-        self.written = _written(graph)
+        # What one mode writes and the other reads is in the same group in both.
+        self.written = set().union(*map(_written, program.graphs))
         self._free = self._free_nodes()
         self.placed = tuple(self._ordered())
         self.position = dict.fromkeys(graph.find_nodes(op="placeholder"), -1)
