@@ -2,8 +2,8 @@
 
     python benchmarks/layer_groups.py [--only NAME ...] [--out benchmarks/results/layer_groups.md]
 
-A model that ties weights is cut with ``tied="copy"``. Certificates are those of ``LayerGroups.verify``: outputs,
-buffers and gradients in both modes.
+A model that ties weights is cut with ``tied="copy"``. Certificates are those of ``LayerGroups.verify``:
+outputs, buffers and gradients in both modes.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ TEXT = """# Layer groups of the test zoo
 
 Written by `python benchmarks/layer_groups.py`, {date}: {versions}; {seconds:.0f} s.
 
-Each cell: whether the groups put together are the model (bit for bit in float64, in eval and, under one seed, in
-train mode, with gradients), the dearest group's FLOPs by the bound that no division can beat, and the most tensors
-that cross a cut. `-`: the model has fewer pieces than groups.
+Each cell: whether the groups put together are the model (bit for bit in float64, in eval and, under one
+seed, in train mode, with gradients), the dearest group's FLOPs by the bound that no division can beat, and
+the most tensors that cross a cut. `-`: the model has fewer pieces than groups.
 
 {models} models: {exact} divisions exact, {small} not possible for size, {refused} refused, {wrong} wrong.
 
@@ -99,7 +99,7 @@ def main() -> None:
     kinds = [item.outcome for item in outcomes]
     text = TEXT.format(
         date=datetime.date.today(), seconds=time.perf_counter() - start, models=len(rows),
-        versions=f"graphsplit {gs.__version__}, torch {torch.__version__}, Python {platform.python_version()}",
+        versions=f"torch {torch.__version__}, Python {platform.python_version()}",
         rows="\n".join(rows),
         **{kind: kinds.count(kind) for kind in ("exact", "small", "refused", "wrong")},
     )  # fmt: skip
