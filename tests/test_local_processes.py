@@ -116,7 +116,7 @@ def test_a_lost_process_ends_the_others(tmp_path: Path) -> None:
     assert processes[1].returncode == 3
     start = time.monotonic()
     texts = [processes[rank].communicate(timeout=120)[0] for rank in (0, 2)]
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 60
     for rank, text in zip((0, 2), texts, strict=True):
         assert processes[rank].returncode == 4, text
         assert f"group {rank} lost another process" in text and "checkpoint=" in text
