@@ -248,8 +248,8 @@ def main() -> None:
         f"{platform.python_version()}, torch {torch.__version__}.",
         "",
         "The largest sub-model of each partition takes two training steps in a fresh process. The measured "
-        "peak is that of torch's allocator. The prediction is state, optimizer's states, and the larger one of "
-        "what both passes hold and what is held during the update.",
+        "peak is that of torch's allocator. The prediction is state, optimizer's states, and the larger one "
+        "of what both passes hold and what is held during the update.",
         "",
         *table,
     ]
