@@ -459,7 +459,7 @@ def write(results: Results) -> None:
             "", "## One training step, batch of 64", "", *steps_table(results["steps"]), "",
             "Times are the least of all rounds. FLOPs fall by almost K², but work that is done once for each "
             "channel falls by K only: normalisation, pooling, activation functions. Forward and backward "
-            "pass of the network with local layers, by kind of op:", "",
+            "pass of the network with local layers, by kind of op, in wall time:", "",
             *breakdown_table(results["breakdown"]),
         ]  # fmt: skip
     titles = {
