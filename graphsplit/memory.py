@@ -118,14 +118,13 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the op, and take what it made into account."""
         result = func(*args, **(kwargs or {}))
-        self.peak = max(self.peak, self.held + _scratch(func, args, result))
         if func is aten.mkldnn_rnn_layer.default:
             self._hold(result[3], _kept(args[0], result[0]))
         for tensor in pytree.tree_leaves(result):
             # a sparse tensor consists of others, which have been seen
             if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
                 self._hold(tensor, tensor.untyped_storage().nbytes())
-        self.peak = max(self.peak, self.held)
+        self.peak = max(self.peak, self.held + _scratch(func, args, result))
         return result
 
     def _hold(self, tensor: Tensor, size: int) -> None:
