@@ -20,7 +20,7 @@ import os, sys
 sys.path.insert(0, {tests!r})
 import torch
 import graphsplit as gs
-from test_local_processes import data, local, tested
+from test_local_processes import data, local, held_out
 
 torch.set_num_threads(1)
 out, checkpoint, case = sys.argv[1], sys.argv[2], sys.argv[3]
@@ -34,8 +34,8 @@ if case == "dies":
         return forward(values, targets, step)
     critics.stages[1].forward = dying
 try:
-    records = critics.fit(data(), 1, test=tested(), parallel=True, checkpoint=checkpoint)
-    records += critics.fit(data(), 3, test=tested(), parallel=True, checkpoint=checkpoint)
+    records = critics.fit(data(), 1, test=held_out(), parallel=True, checkpoint=checkpoint)
+    records += critics.fit(data(), 3, test=held_out(), parallel=True, checkpoint=checkpoint)
     late = local().fit(data(), 2, parallel=True, queue=3)
 except gs.errors.UserError as error:
     print(error)
@@ -66,7 +66,7 @@ def data() -> DataLoader[tuple[torch.Tensor, ...]]:
     return DataLoader(TensorDataset(x, y), batch_size=8, shuffle=True, generator=torch.Generator())
 
 
-def tested() -> list[tuple[torch.Tensor, ...]]:
+def held_out() -> list[tuple[torch.Tensor, ...]]:
     """In the same order every time."""
     return [data().dataset[:]]
 
@@ -96,7 +96,7 @@ def test_the_numbers_are_those_of_one_process(tmp_path: Path) -> None:
     """Bit for bit: weights, losses, tests, also over a checkpoint; a longer queue trains all the same."""
     processes = launch(tmp_path, "all")
     expected = local()
-    records = expected.fit(data(), 3, test=tested())
+    records = expected.fit(data(), 3, test=held_out())
     for process in processes:
         text, _ = process.communicate(timeout=600)
         assert process.returncode == 0, text

@@ -140,7 +140,7 @@ class Line:
 
     def _resolved(self, node: fx.Node) -> Iterator[fx.Node]:
         """What a node needs of other nodes; free ones stand for what they are made of."""
-        stack, seen = list(node.all_input_nodes), set[fx.Node]()
+        stack, seen = node.all_input_nodes[::-1], set[fx.Node]()
         while stack:
             used = stack.pop()
             if used in seen:
@@ -149,7 +149,7 @@ class Line:
             if used.target is aten.sym_size.int or used not in self._free:
                 yield used
             else:
-                stack.extend(used.all_input_nodes)
+                stack.extend(used.all_input_nodes[::-1])
 
     def _free_nodes(self) -> set[fx.Node]:
         free: set[fx.Node] = set()
