@@ -5,6 +5,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -78,6 +80,18 @@ def free_port() -> int:
         return port
 
 
+@contextmanager
+def launched(folder: Path, case: str) -> Iterator[list[subprocess.Popen[str]]]:
+    """Three processes, none of which is left behind."""
+    processes = launch(folder, case)
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
 def launch(folder: Path, case: str) -> list[subprocess.Popen[str]]:
     script = folder / "run.py"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
@@ -94,12 +108,12 @@ def launch(folder: Path, case: str) -> list[subprocess.Popen[str]]:
 
 def test_the_numbers_are_those_of_one_process(tmp_path: Path) -> None:
     """Bit for bit: weights, losses, tests, also over a checkpoint; a longer queue trains all the same."""
-    processes = launch(tmp_path, "all")
-    expected = local()
-    records = expected.fit(data(), 3, test=held_out())
-    for process in processes:
-        text, _ = process.communicate(timeout=600)
-        assert process.returncode == 0, text
+    with launched(tmp_path, "all") as processes:
+        expected = local()
+        records = expected.fit(data(), 3, test=held_out())
+        for process in processes:
+            text, _ = process.communicate(timeout=600)
+            assert process.returncode == 0, text
     for rank in range(3):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         losses = [(record.losses, record.critic_losses, record.test_losses) for record in records]
@@ -111,15 +125,15 @@ def test_the_numbers_are_those_of_one_process(tmp_path: Path) -> None:
 
 
 def test_a_lost_process_ends_the_others(tmp_path: Path) -> None:
-    processes = launch(tmp_path, "dies")
-    processes[1].communicate(timeout=600)
-    assert processes[1].returncode == 3
-    start = time.monotonic()
-    texts = [processes[rank].communicate(timeout=120)[0] for rank in (0, 2)]
-    assert time.monotonic() - start < 60
-    for rank, text in zip((0, 2), texts, strict=True):
-        assert processes[rank].returncode == 4, text
-        assert f"group {rank} lost another process" in text and "checkpoint=" in text
+    with launched(tmp_path, "dies") as processes:
+        processes[1].communicate(timeout=600)
+        assert processes[1].returncode == 3
+        start = time.monotonic()
+        texts = [processes[rank].communicate(timeout=120)[0] for rank in (0, 2)]
+        assert time.monotonic() - start < 60
+        for rank, text in zip((0, 2), texts, strict=True):
+            assert processes[rank].returncode == 4, text
+            assert f"group {rank} lost another process" in text and "checkpoint=" in text
 
 
 @pytest.fixture
@@ -148,4 +162,3 @@ def test_parallel_needs_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(UserError, match="needs several processes"):
         local().fit(data(), 1, parallel=True)
-    monkeypatch.setenv("MASTER_ADDR", "localhost")
