@@ -190,8 +190,8 @@ def depth(report: Mapping[str, Any], origin: str) -> None:
         table.add_row(f"group {number}", f"{group['parameters']:,}", f"{group['flops']:,}", starts, crossing)
     _section("Layer groups", table)
     dearest = max(group["cost"] for group in report["groups"])
-    line = f"the dearest group has {dearest:,.6g} {report['unit']}, no cuts could give less than "
-    _section("Balance", Text(f"{line}{report['bound']:,.6g}"))
+    line = f"the dearest group has {_amount(dearest)} {report['unit']}, no cuts could give less than "
+    _section("Balance", Text(f"{line}{_amount(report['bound'])}"))
     if "submodels" in report:
         table = _table("", ("parameters", "right"), ("its critic", "right"), ("FLOPs of an example", "right"))
         for number, row in enumerate(report["submodels"]):
@@ -210,6 +210,10 @@ def depth(report: Mapping[str, Any], origin: str) -> None:
         _section("Training apart", table)
     certificate(report["certificate"])
     notes(report["notes"])
+
+
+def _amount(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def timings(seconds: Mapping[str, float]) -> None:

@@ -53,6 +53,7 @@ def test_critics_write_what_can_be_trained(model: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.stderr
     assert "484 parameters, into 3 layer groups" in done.stdout
     assert "Certificate: all checks hold" in done.stdout and "module body" in done.stdout
+    assert "the dearest group has 1,024 FLOPs, no cuts could give less than 1,024" in done.stdout
     local = gs.load(tmp_path / "out")
     assert isinstance(local, gs.LocalCritics) and [item.parameters for item in local.complexity()] == [
         212,
