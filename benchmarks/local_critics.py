@@ -13,6 +13,7 @@ import argparse
 import datetime
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ import graphsplit as gs
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = """# Local critics against backpropagation
 
-Written by `python benchmarks/local_critics.py`, {date}: torch {torch}, Python {python}; {seconds:.0f} s on a
+Written by `python benchmarks/local_critics.py {arguments}`, {date}: torch {torch}, Python {python}; {seconds:.0f} s on a
 shared machine with 2 cores.
 
 scikit-learn's digits (1,437 for training, 360 for the test), {seeds} seeds, {epochs} epochs, batches of 32,
@@ -155,7 +156,7 @@ def main() -> None:
             sizes.append(f"| {name} | {n} | {counts} | {flops} |")
     options.out.write_text(
         TEXT.format(
-            date=datetime.date.today(), torch=torch.__version__, python=platform.python_version(),
+            arguments=" ".join(sys.argv[1:]), date=datetime.date.today(), torch=torch.__version__, python=platform.python_version(),
             seconds=time.perf_counter() - start, seeds=options.seeds, epochs=options.epochs,
             columns=" | ".join(f"sub-model {number}" for number in range(columns)),
             rule=" | ".join(["---"] * columns), rows="\n".join(rows), sizes="\n".join(sizes),
