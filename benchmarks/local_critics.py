@@ -14,7 +14,6 @@ import datetime
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -28,8 +27,8 @@ import graphsplit as gs
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = """# Local critics against backpropagation
 
-Written by `python benchmarks/local_critics.py {arguments}`, {date}: torch {torch}, Python {python}; {seconds:.0f} s on a
-shared machine with 2 cores.
+Written by `python benchmarks/local_critics.py {arguments}`, {date}: torch {torch}, Python
+{python}.
 
 scikit-learn's digits (1,437 for training, 360 for the test), {seeds} seeds, {epochs} epochs, batches of 32,
 Adam with a rate of 0.001 that falls to zero by a cosine, for both. Test error in percent, mean and standard
@@ -139,7 +138,6 @@ def main() -> None:
     torch.set_num_threads(1)
     columns = max(n for name in options.only for n in MODELS[name][1])
     rows, sizes = [], []
-    start = time.perf_counter()
     for name in options.only:
         build, places = MODELS[name]
         whole = [backpropagation(build, seed, options.epochs) for seed in range(options.seeds)]
@@ -156,8 +154,9 @@ def main() -> None:
             sizes.append(f"| {name} | {n} | {counts} | {flops} |")
     options.out.write_text(
         TEXT.format(
-            arguments=" ".join(sys.argv[1:]), date=datetime.date.today(), torch=torch.__version__, python=platform.python_version(),
-            seconds=time.perf_counter() - start, seeds=options.seeds, epochs=options.epochs,
+            arguments=" ".join(sys.argv[1:]), date=datetime.date.today(), torch=torch.__version__,
+            python=platform.python_version(),
+            seeds=options.seeds, epochs=options.epochs,
             columns=" | ".join(f"sub-model {number}" for number in range(columns)),
             rule=" | ".join(["---"] * columns), rows="\n".join(rows), sizes="\n".join(sizes),
         )
