@@ -30,8 +30,7 @@ from graphsplit.cli.common import (
     refuse_taken,
 )
 from graphsplit.cli.export import onnx_rows
-from graphsplit.depth.cuts import Tied
-from graphsplit.depth.plan import UNITS
+from graphsplit.depth.plan import UNITS, Tied
 from graphsplit.errors import VerificationError
 from graphsplit.loading import Loaded, load_model
 from graphsplit.train.synthetic import Labels

@@ -33,8 +33,7 @@ from graphsplit.plan import PartitionPlan
 from graphsplit.program import Program
 from graphsplit.retarget import place_of, retarget_program
 from graphsplit.signature import as_call
-from graphsplit.tracing import trace
-from graphsplit.verification import Certificate, Example, certify
+from graphsplit.verification import Certificate, Example, certify, opened_model
 
 if TYPE_CHECKING:
     from graphsplit.onnx_export import OnnxReport
@@ -306,14 +305,7 @@ def partition(
             "emit='module' needs the user's own module, and a traced program was given",
             hint="give the module and example inputs",
         )
-    example = None
-    if isinstance(model, Program):
-        program = model
-        if args != () or kwargs:
-            example = Example(None, *as_call(args, kwargs))
-    else:
-        program = trace(model, args, kwargs, outputs=outputs)
-        example = Example(model, *as_call(args, kwargs))
+    program, example = opened_model(model, args, kwargs, outputs)
     if init not in ("slice", "rescale", "fresh"):
         raise PartitionError(f"init is {init!r}, expected 'slice', 'rescale' or 'fresh'")
     if budget is not None:

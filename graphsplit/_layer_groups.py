@@ -11,16 +11,14 @@ from torch import nn
 from graphsplit import costs
 from graphsplit.bundle import DepthBundle, program_of, without_weights
 from graphsplit.depth.certificate import certify_groups
-from graphsplit.depth.cuts import Cuts, Tied, cut_by_plan
-from graphsplit.depth.plan import Crossing, DepthPlan, GroupPlan, Measure
+from graphsplit.depth.cuts import Cuts, cut_by_plan
+from graphsplit.depth.plan import Crossing, DepthPlan, GroupPlan, Measure, Tied
 from graphsplit.emission import ProgramModule, emit
 from graphsplit.errors import PlanError
 from graphsplit.memory import parse_bytes
 from graphsplit.passes.layer_groups import divide, extract_group, join
 from graphsplit.program import Program, TensorMeta, meta_of, source_of
-from graphsplit.signature import as_call
-from graphsplit.tracing import trace
-from graphsplit.verification import Certificate, Example
+from graphsplit.verification import Certificate, Example, opened_model
 
 
 class LayerGroups:
@@ -191,14 +189,7 @@ def layer_groups(
         PartitionError: The model cannot be cut so; the message says what is in the way.
         TraceError, UnsupportedError, InputError: The model cannot be traced.
     """
-    example = None
-    if isinstance(model, Program):
-        program = model
-        if args != () or kwargs:
-            example = Example(None, *as_call(args, kwargs))
-    else:
-        program = trace(model, args, kwargs, outputs=outputs)
-        example = Example(model, *as_call(args, kwargs))
+    program, example = opened_model(model, args, kwargs, outputs)
     inputs = None if example is None else program.signature.flatten(example.args, example.kwargs)
     cuts = divide(
         program, n, tuple(at or ()), balance, tied, inputs=inputs,

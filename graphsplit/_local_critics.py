@@ -16,8 +16,7 @@ from graphsplit._layer_groups import LayerGroups, layer_groups
 from graphsplit.bundle import DepthBundle, program_of
 from graphsplit.depth.anytime import Anytime
 from graphsplit.depth.critics import CriticFactory, Form, build_critic, main_tensor
-from graphsplit.depth.cuts import Tied
-from graphsplit.depth.plan import Measure
+from graphsplit.depth.plan import Measure, Tied
 from graphsplit.emission import ProgramModule, emit
 from graphsplit.errors import PartitionError, UserError
 from graphsplit.passes.layer_groups import join, join_head

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from graphsplit import costs
 from graphsplit._layer_groups import LayerGroups, layer_groups
 from graphsplit.bundle import DepthBundle
-from graphsplit.depth.cuts import Tied
+from graphsplit.depth.plan import Tied
 from graphsplit.emission import ProgramModule
 from graphsplit.errors import PartitionError, UserError
 from graphsplit.graphs import base_name

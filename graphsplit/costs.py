@@ -14,12 +14,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graphsplit.errors import UserError
 from graphsplit.graphs import base_name
-from graphsplit.program import TRAINING, Program, TensorMeta, meta_of
+from graphsplit.program import TRAINING, Program, meta_of
 
 Shape = tuple[int, ...]
 
@@ -164,9 +164,8 @@ _FORMULAS: Mapping[str, Callable[[fx.Node], int]] = {
 class _Watched(fx.Interpreter):
     """Runs a graph node by node over a program's state; ``watch`` may look at each."""
 
-    def __init__(self, program: Program, graph: fx.Graph, state: Mapping[str, Tensor]) -> None:
-        super().__init__(fx.GraphModule({}, fx.Graph()), garbage_collect_values=True)
-        self.graph = graph
+    def __init__(self, graph: fx.Graph, state: Mapping[str, Tensor]) -> None:
+        super().__init__(nn.Module(), graph=graph)
         self.state = state
         self.training = True
 
@@ -178,17 +177,17 @@ class _Watched(fx.Interpreter):
 class _Saved(_Watched):
     """Which bytes autograd keeps because of which node, each storage once."""
 
-    def __init__(self, program: Program, graph: fx.Graph, state: Mapping[str, Tensor]) -> None:
-        super().__init__(program, graph, state)
+    def __init__(self, graph: fx.Graph, state: Mapping[str, Tensor]) -> None:
+        super().__init__(graph, state)
         self.bytes: dict[fx.Node, int] = {}
-        self._known: dict[int, Tensor] = {_storage(tensor): tensor for tensor in state.values()}
+        self._known: dict[int, Tensor] = {storage_of(tensor): tensor for tensor in state.values()}
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node and write down what is new among what it saves."""
         self.bytes[n] = 0
 
         def pack(tensor: Tensor) -> Tensor:
-            key = _storage(tensor)
+            key = storage_of(tensor)
             if key not in self._known:
                 self._known[key] = tensor  # kept, so that no address is used twice
                 self.bytes[n] += tensor.untyped_storage().nbytes()
@@ -198,7 +197,8 @@ class _Saved(_Watched):
             return super().run_node(n)
 
 
-def _storage(tensor: Tensor) -> int:
+def storage_of(tensor: Tensor) -> int:
+    """Identity of the memory of a tensor, fake ones included; good while the tensor lives."""
     address: int = tensor.untyped_storage()._cdata
     return address
 
@@ -215,8 +215,8 @@ def saved_bytes(program: Program, graph: fx.Graph) -> dict[fx.Node, int]:
         for name, entry in program.state.items()
     }
     with mode:
-        run = _Saved(program, graph, _leaves(state))
-        run.run(*(_zeros(meta) for meta in program.signature.inputs))
+        run = _Saved(graph, _leaves(state))
+        run.run(*(meta.zeros() for meta in program.signature.inputs))
     return run.bytes
 
 
@@ -225,15 +225,11 @@ def _leaves(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor if tensor.requires_grad else tensor.clone() for name, tensor in state.items()}
 
 
-def _zeros(meta: TensorMeta) -> Tensor:
-    return torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device)
-
-
 class _Timed(_Watched):
     """Seconds of each node: its forward and its backward."""
 
-    def __init__(self, program: Program, graph: fx.Graph, state: Mapping[str, Tensor]) -> None:
-        super().__init__(program, graph, state)
+    def __init__(self, graph: fx.Graph, state: Mapping[str, Tensor]) -> None:
+        super().__init__(graph, state)
         self.seconds: dict[fx.Node, float] = {}
 
     def run_node(self, n: fx.Node) -> Any:
@@ -274,7 +270,7 @@ def seconds(
                 name: entry.tensor.detach().requires_grad_(entry.requires_grad)
                 for name, entry in program.state.items()
             }
-            run = _Timed(program, graph, _leaves(state))
+            run = _Timed(graph, _leaves(state))
             run.run(*inputs)
             found.append(run.seconds)
     return {node: statistics.median(times[node] for times in found[1:]) for node in found[0]}

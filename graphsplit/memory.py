@@ -16,15 +16,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from graphsplit.costs import storage_of
 from graphsplit.emission import emit
 from graphsplit.errors import PartitionError
-from graphsplit.program import Program, meta_of
+from graphsplit.program import Program
 
 Optimizer = Literal["sgd", "momentum", "adam"]
 STATES: dict[Optimizer, int] = {"sgd": 0, "momentum": 1, "adam": 2}
@@ -95,7 +96,7 @@ def _passes(program: Program) -> tuple[int, int]:
         fake = {name: mode.from_tensor(entry.tensor) for name, entry in program.state.items()}
         module = emit(program.with_state(fake), copy=False).train()
         with _Watch(own=(*module.parameters(), *module.buffers())) as watch:
-            inputs = [_example(node) for node in program.graph("train").nodes if node.op == "placeholder"]
+            inputs = [meta.zeros() for meta in program.signature.inputs]
             outputs = module.run_flat(inputs)
             torch.autograd.backward([_loss(output) for output in outputs if _is_learned(output)])
         return watch.peak, watch.held
@@ -112,7 +113,7 @@ class _Watch(TorchDispatchMode):
     def __init__(self, own: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.held = self.peak = 0
-        self._own = {_address(tensor) for tensor in own}
+        self._own = {storage_of(tensor) for tensor in own}
         self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -129,7 +130,7 @@ class _Watch(TorchDispatchMode):
 
     def _hold(self, tensor: Tensor, size: int) -> None:
         """Count the storage of a tensor, if that is not done yet, until it is freed."""
-        address = _address(tensor)
+        address = storage_of(tensor)
         if address not in self._sizes and address not in self._own:
             self._sizes[address] = size
             self.held += size
@@ -181,16 +182,6 @@ def _loss(output: Tensor) -> Tensor:
         return output
     real = torch.view_as_real(output) if output.is_complex() else output
     return functional.log_softmax(real, -1)[..., :1].mean()
-
-
-def _address(tensor: Tensor) -> int:
-    address: int = tensor.untyped_storage()._cdata
-    return address
-
-
-def _example(node: fx.Node) -> Tensor:
-    meta = meta_of(node)
-    return torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device)
 
 
 def smallest_k(divide: Callable[[int], Iterable[Program]], budget: int, optimizer: Optimizer = "adam") -> int:

@@ -63,6 +63,10 @@ class TensorMeta:
         """Number of dimensions."""
         return len(self.dims)
 
+    def zeros(self) -> Tensor:
+        """A tensor of zeros with the sizes of the traced example."""
+        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+
     def with_shape(self, shape: tuple[int, ...]) -> TensorMeta:
         """Same tensor with other sizes; a dynamic dimension whose size changes stays dynamic."""
         dims = []

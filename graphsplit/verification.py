@@ -18,7 +18,8 @@ from graphsplit.graphs import copy_graph, node_arg
 from graphsplit.plan import StatePlan
 from graphsplit.program import Program, TensorMeta
 from graphsplit.retarget import retarget_graph, without_noise
-from graphsplit.signature import Outputs, Signature
+from graphsplit.signature import Outputs, Signature, as_call
+from graphsplit.tracing import trace
 
 aten = torch.ops.aten
 
@@ -65,6 +66,16 @@ class Example:
     model: nn.Module | None
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+
+def opened_model(
+    model: nn.Module | Program, args: Any, kwargs: Mapping[str, Any] | None, outputs: Sequence[str] | None
+) -> tuple[Program, Example | None]:
+    """A user's module traced, or a program as it is, with the example inputs where there are any."""
+    if not isinstance(model, Program):
+        return trace(model, args, kwargs, outputs=outputs), Example(model, *as_call(args, kwargs))
+    given = args != () or bool(kwargs)
+    return model, Example(None, *as_call(args, kwargs)) if given else None
 
 
 @dataclass(frozen=True)

@@ -19,19 +19,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from graphsplit.builder import aten
-from graphsplit.depth.cuts import Cuts, Tied, cut_at, cut_evenly
+from graphsplit.depth.cuts import Cuts, cut_at, cut_evenly
 from graphsplit.depth.line import Line
-from graphsplit.depth.plan import MEASURES, Measure
+from graphsplit.depth.plan import MEASURES, TIED, Measure, Tied
 from graphsplit.errors import InternalError, PartitionError, PlanError
 from graphsplit.graphs import drop_dead, int_arg, node_arg
 from graphsplit.passes.base import Pass, PassResult, Programs
 from graphsplit.passes.unstack import unstack
-from graphsplit.program import Dim, Program, StateEntry, TensorMeta, meta_of
+from graphsplit.program import Dim, Program, StateEntry, meta_of
 from graphsplit.signature import Outputs, Signature
 
 
@@ -263,7 +262,8 @@ def _joined_graph(
     handed: list[Any] = []
     for number, graph in enumerate(graphs):
         values: dict[fx.Node, fx.Node] = {}
-        inputs = iter(handed if taken is None else [handed[position] for position in taken] if number else [])
+        given = handed if taken is None or not number else [handed[position] for position in taken]
+        inputs = iter(given)
         for node in graph.nodes:
             if node.op == "placeholder" and number:
                 values[node] = next(inputs)
@@ -335,7 +335,7 @@ def divide(
     """
     if measure not in MEASURES:
         raise PartitionError(f"balance is {measure!r}", hint=f"give one of {', '.join(MEASURES)}")
-    if tied not in ("refuse", "copy"):
+    if tied not in TIED:
         raise PartitionError(f"tied is {tied!r}", hint="give 'refuse' or 'copy'")
     if at and n is not None and n != len(at) + 1:
         raise PartitionError(f"{len(at)} places make {len(at) + 1} groups, and n is {n}", hint="leave out n")
@@ -344,14 +344,10 @@ def divide(
     def example() -> Sequence[Tensor]:
         if inputs is not None:
             return inputs
-        return [_zeros(meta) for meta in program.signature.inputs]
+        return [meta.zeros() for meta in program.signature.inputs]
 
     if at:
         return cut_at(program, at, measure, tied, example)
     return cut_evenly(
         program, 2 if n is None else n, measure, tied, example, max_crossing=max_crossing, tolerance=tolerance
     )
-
-
-def _zeros(meta: TensorMeta) -> Tensor:
-    return torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device)

@@ -21,12 +21,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
 
+import numpy as np
 from torch import fx
 
-from graphsplit.builder import aten
+from graphsplit.builder import GraphBuilder, aten
 from graphsplit.graphs import drop_dead, int_arg, node_arg
 from graphsplit.passes.base import Pass, PassResult, Programs
-from graphsplit.program import Program, TensorMeta, meta_of
+from graphsplit.program import Program, TensorMeta, meta_of, source_of
 
 STACKS = {aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input}
 
@@ -46,12 +47,12 @@ def unstack(program: Program) -> Program:
 
 
 def _unstacked(graph: fx.Graph) -> fx.Graph:
-    build = _Layers(fx.Graph())
+    build = GraphBuilder({})
     values: dict[fx.Node, fx.Node] = {}
     results: dict[fx.Node, tuple[fx.Node, ...]] = {}
     for node in graph.nodes:
         if is_stacked(node):
-            results[node] = build.layers(node, values.__getitem__)
+            results[node] = _layers(build, node, values.__getitem__)
         elif node.target is operator.getitem and node_arg(node) in results:
             values[node] = results[node_arg(node)][int_arg(node, 1)]
         else:
@@ -60,54 +61,39 @@ def _unstacked(graph: fx.Graph) -> fx.Graph:
     return build.graph
 
 
-@dataclass
-class _Layers:
-    """A graph under construction."""
-
-    graph: fx.Graph
-
-    def layers(self, node: fx.Node, lookup: Lookup) -> tuple[fx.Node, ...]:
-        """The results of a stacked op: outputs of the last layer, and the last states of every layer."""
-        arguments = cast("tuple[Any, ...]", node.args)
-        x, hidden, weights, biases, count, dropout, train, bidirectional, batch_first = arguments
-        train = lookup(train) if isinstance(train, fx.Node) else train
-        directions = 2 if bidirectional else 1
-        states = hidden if isinstance(hidden, list) else [hidden]
-        each = len(weights) // count
-        output: TensorMeta = node.meta["value"][0]
-        last: list[list[fx.Node]] = [[] for _ in states]
-        current = lookup(x)
-        for layer in range(count):
-            own = [self._part(node, lookup(state), layer * directions, directions) for state in states]
-            metas = [meta_of(state) for state in own]
-            args: tuple[Any, ...] = (
-                current,
-                own if isinstance(hidden, list) else own[0],
-                [lookup(weight) for weight in weights[layer * each : (layer + 1) * each]],
-                biases, 1, 0.0, train, bidirectional, batch_first,
-            )  # fmt: skip
-            call = self._call(node, node.target, args, (output, *metas))
-            current = self._call(node, operator.getitem, (call, 0), output)
-            for position, meta in enumerate(metas):
-                last[position].append(self._call(node, operator.getitem, (call, position + 1), meta))
-            if layer < count - 1 and dropout:
-                current = self._call(node, aten.dropout.default, (current, dropout, train), output)
-        joined = [
-            self._call(node, aten.cat.default, (parts, 0), node.meta["value"][position + 1])
-            for position, parts in enumerate(last)
-        ]
-        return current, *joined
-
-    def _part(self, node: fx.Node, state: fx.Node, start: int, size: int) -> fx.Node:
-        meta = meta_of(state)
-        value = meta.with_shape((size, *meta.shape[1:]))
-        return self._call(node, aten.slice.Tensor, (state, 0, start, start + size), value)
-
-    def _call(self, old: fx.Node, target: Any, args: tuple[Any, ...], value: Any) -> fx.Node:
-        node = self.graph.create_node("call_function", target, args)
-        node.meta |= {key: item for key, item in old.meta.items() if key == "source"}
-        node.meta["value"] = value
-        return node
+def _layers(build: GraphBuilder, node: fx.Node, lookup: Lookup) -> tuple[fx.Node, ...]:
+    """The results of a stacked op: outputs of the last layer, and the last states of every layer."""
+    arguments = cast("tuple[Any, ...]", node.args)
+    x, hidden, weights, biases, count, dropout, train, bidirectional, batch_first = arguments
+    train = lookup(train) if isinstance(train, fx.Node) else train
+    build.source = source_of(node)
+    directions = 2 if bidirectional else 1
+    states = hidden if isinstance(hidden, list) else [hidden]
+    each = len(weights) // count
+    output: TensorMeta = node.meta["value"][0]
+    last: list[list[fx.Node]] = [[] for _ in states]
+    current = lookup(x)
+    for layer in range(count):
+        rows = np.arange(layer * directions, (layer + 1) * directions)
+        own = [build.take(lookup(state), 0, rows) for state in states]
+        metas = [meta_of(state) for state in own]
+        args: tuple[Any, ...] = (
+            current,
+            own if isinstance(hidden, list) else own[0],
+            [lookup(weight) for weight in weights[layer * each : (layer + 1) * each]],
+            biases, 1, 0.0, train, bidirectional, batch_first,
+        )  # fmt: skip
+        call = build.call(node.target, args, (output, *metas))
+        current = build.call(operator.getitem, (call, 0), output)
+        for position, meta in enumerate(metas):
+            last[position].append(build.call(operator.getitem, (call, position + 1), meta))
+        if layer < count - 1 and dropout:
+            current = build.call(aten.dropout.default, (current, dropout, train), output)
+    joined = [
+        build.call(aten.cat.default, (parts, 0), node.meta["value"][position + 1])
+        for position, parts in enumerate(last)
+    ]
+    return current, *joined
 
 
 @dataclass(frozen=True)

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import bisect
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 from torch import Tensor, fx
 
 from graphsplit import costs
 from graphsplit.depth.balance import Balance, balance
 from graphsplit.depth.line import Line, Span
-from graphsplit.depth.plan import DepthPlan, Measure
+from graphsplit.depth.plan import DepthPlan, Measure, Tied
 from graphsplit.errors import PartitionError, PlanError
 from graphsplit.memory import STATES
 from graphsplit.program import Program, TensorMeta, source_of
 
-Tied = Literal["refuse", "copy"]
 Inputs = Callable[[], Sequence[Tensor]]
 """Gives example inputs, in the order of the placeholders."""
 
@@ -76,35 +75,14 @@ class Cuts:
 def _users(line: Line, ends: Sequence[int]) -> dict[str, set[int]]:
     """Groups whose nodes read or write each state tensor."""
     found: dict[str, set[int]] = {}
-    group_of = _group_of(ends)
     for node, place in [*line.position.items(), *line.writes.items()]:
         if place >= 0:
-            for name in read_states(line, node):
-                found.setdefault(name, set()).add(group_of(place))
+            for name in line.states(node):
+                found.setdefault(name, set()).add(bisect.bisect_right(ends, place))
     (output,) = line.graph.find_nodes(op="output")
-    for name in read_states(line, output):
+    for name in line.states(output):
         found.setdefault(name, set()).add(len(ends) - 1)
     return found
-
-
-def read_states(line: Line, node: fx.Node) -> set[str]:
-    """Names of the state that a node reads, by way of free nodes too."""
-    names: set[str] = set()
-    stack, seen = list(node.all_input_nodes), set[fx.Node]()
-    while stack:
-        used = stack.pop()
-        if used in seen:
-            continue
-        seen.add(used)
-        if used.op == "get_attr" and used.target in line.program.state:
-            names.add(str(used.target))
-        elif line.is_free(used):
-            stack.extend(used.all_input_nodes)
-    return names
-
-
-def _group_of(ends: Sequence[int]) -> Callable[[int], int]:
-    return lambda place: next(group for group, end in enumerate(ends) if place < end)
 
 
 def cut_at(program: Program, paths: Sequence[str], measure: Measure, tied: Tied, inputs: Inputs) -> Cuts:

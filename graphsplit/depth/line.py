@@ -60,6 +60,11 @@ class Line:
         """True for a node that every group computes for itself."""
         return node in self._free
 
+    def states(self, node: fx.Node) -> set[str]:
+        """Names of the state that a node reads, by way of free nodes too."""
+        found = {str(used.target) for used in self.reached(node) if used.op == "get_attr"}
+        return found & self.program.state.keys()
+
     @cached_property
     def writes(self) -> dict[fx.Node, int]:
         """Writes of buffers, with the place of the value that is written."""
@@ -78,8 +83,8 @@ class Line:
         """Use of every parameter, and of every buffer that is written."""
         places: dict[str, list[int]] = {}
         for node, place in [*self.position.items(), *self.writes.items()]:
-            for used in self._resolved(node):
-                if used.op == "get_attr":
+            for used in self.reached(node):
+                if used.op == "get_attr" and used not in self._free:
                     places.setdefault(str(used.target), []).append(place)
         return {name: Span(name, min(found), max(found)) for name, found in places.items()}
 
@@ -90,7 +95,7 @@ class Line:
         return [
             any(
                 used.op == "get_attr" and used.target in state and state[str(used.target)].kind == "parameter"
-                for used in self._resolved(node)
+                for used in self.reached(node)
             )
             for node in self.placed
         ]
@@ -128,7 +133,7 @@ class Line:
         return sum(bytes_of(node.meta["value"]) for node in self.frontiers[place])
 
     def _use(self, node: fx.Node, place: int) -> None:
-        for used in self._resolved(node):
+        for used in self.reached(node):
             if used.op == "call_function" and used.target is aten.sym_size.int:
                 tensor = node_arg(used)
                 dim = used.meta["value"]
@@ -138,18 +143,16 @@ class Line:
             elif used in self.position:
                 self.last_use[used] = max(self.last_use.get(used, place), place)
 
-    def _resolved(self, node: fx.Node) -> Iterator[fx.Node]:
-        """What a node needs of other nodes; free ones stand for what they are made of."""
+    def reached(self, node: fx.Node) -> Iterator[fx.Node]:
+        """What a node uses, and what the free ones among it are made of; sizes stand for themselves."""
         stack, seen = node.all_input_nodes[::-1], set[fx.Node]()
         while stack:
             used = stack.pop()
-            if used in seen:
-                continue
-            seen.add(used)
-            if used.target is aten.sym_size.int or used not in self._free:
+            if used not in seen:
+                seen.add(used)
                 yield used
-            else:
-                stack.extend(used.all_input_nodes[::-1])
+                if used in self._free and used.target is not aten.sym_size.int:
+                    stack.extend(used.all_input_nodes[::-1])
 
     def _free_nodes(self) -> set[fx.Node]:
         free: set[fx.Node] = set()

@@ -11,6 +11,8 @@ from graphsplit.errors import PlanError
 
 Measure = Literal["flops", "params", "memory", "time"]
 MEASURES: tuple[Measure, ...] = get_args(Measure)
+Tied = Literal["refuse", "copy"]
+TIED: tuple[Tied, ...] = get_args(Tied)
 UNITS: Mapping[Measure, str] = {
     "flops": "FLOPs",
     "params": "parameters",
@@ -78,7 +80,7 @@ class DepthPlan:
     measure: Measure
     bound: float
     groups: tuple[GroupPlan, ...]
-    tied: Literal["refuse", "copy"] = "refuse"
+    tied: Tied = "refuse"
 
     @property
     def n(self) -> int:
