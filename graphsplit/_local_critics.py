@@ -71,7 +71,7 @@ class LocalCritics:
         self.loss = loss
         self._output = tuple(output)
         self._seed = seed
-        self._recipe = Recipe()
+        self._traced: dict[tuple[int, torch.device], Program] = {}
 
     @property
     def n(self) -> int:
@@ -94,7 +94,7 @@ class LocalCritics:
         found = []
         for number, group in enumerate(self.groups.modules):
             last = number == self.n
-            main = self._output if last else (main_tensor(self.groups.frontiers[number]),)
+            main = self._output if last else (self.mains[number],)
             critic = None if last else self.critics[number]
             found.append(Stage(number, group, critic, main, self.loss, self._seed))
         return LocalTraining(found, self._flatten, self.loss, self._seed)
@@ -104,7 +104,6 @@ class LocalCritics:
 
     def configure(self, recipe: Recipe) -> None:
         """Choose optimizers, schedules, precision and clipping; states of earlier ones are dropped."""
-        self._recipe = recipe
         self.training.configure(recipe)
 
     def to(self, *devices: str | torch.device) -> LocalCritics:
@@ -117,10 +116,9 @@ class LocalCritics:
         if len(devices) not in (1, len(self.stages)):
             raise UserError(f"{len(devices)} devices for {len(self.stages)} groups")
         for stage, device in zip(self.stages, devices * (len(self.stages) // len(devices)), strict=True):
-            stage.group.to(device)
-            if stage.critic is not None:
-                stage.critic.to(device)
-        self.configure(self._recipe)
+            for module in stage.modules:
+                module.to(device)
+        self.configure(self.training.recipe)
         return self
 
     def backward(self, inputs: Any, targets: Any) -> LocalLosses:
@@ -230,8 +228,7 @@ class LocalCritics:
         prefix = join(programs, self.groups.program)
         if i == self.n:
             return prefix
-        position = main_tensor(self.groups.frontiers[i])
-        return join_head(prefix, self.critic_program(i), position, "critic")
+        return join_head(prefix, self.critic_program(i), self.mains[i], "critic")
 
     def submodel(self, i: int) -> ProgramModule:
         """Sub-model ``i``: groups 0 to ``i`` and critic ``i``, with the values that they have now.
@@ -246,9 +243,14 @@ class LocalCritics:
         critic = self.critics[i]
         if isinstance(critic, ProgramModule):
             return program_of(critic)
-        features = self.groups.frontiers[i][main_tensor(self.groups.frontiers[i])]
         device = next((p.device for p in critic.parameters()), torch.device("cpu"))
-        return trace(critic, (torch.zeros(features.shape, dtype=features.dtype, device=device),))
+        if (i, device) not in self._traced:
+            features = self.groups.frontiers[i][self.mains[i]]
+            x = torch.zeros(features.shape, dtype=features.dtype, device=device)
+            self._traced[i, device] = trace(critic, (x,))
+        values = dict(critic.named_parameters()) | dict(critic.named_buffers())
+        program = self._traced[i, device]
+        return program.with_state({name: values[name] for name in program.state if name in values})
 
     def complexity(self) -> tuple[Complexity, ...]:
         """Parameters and FLOPs of every sub-model, with the share of its critic."""

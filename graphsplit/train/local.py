@@ -8,7 +8,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,15 @@ from torch import Tensor
 
 from graphsplit.errors import UserError
 from graphsplit.train.local_processes import Chain
-from graphsplit.train.loop import Batches, Metric, read_batch, seed_epoch
+from graphsplit.train.loop import (
+    Batches,
+    Metric,
+    evaluating,
+    no_batch,
+    no_test_batch,
+    read_batch,
+    seed_epoch,
+)
 from graphsplit.train.losses import PerSample, checked
 from graphsplit.train.processes import process_group
 from graphsplit.train.stage import Learner, Recipe, Stage, diverged
@@ -143,6 +151,17 @@ class InTurn:
         """There is one process."""
         return sums
 
+    def traffic(self) -> tuple[int, int]:
+        """Nothing goes between processes."""
+        return 0, 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of the one process."""
+        return [value]
+
+    def spread(self, stages: Sequence[Stage]) -> None:
+        """The one process has all weights."""
+
 
 Flatten = Callable[[Any], Sequence[Any]]
 """Of the inputs of a batch the values of the model's inputs, in order."""
@@ -154,6 +173,7 @@ class LocalTraining:
     Attributes:
         stages: Each group with its critic.
         steps: Batches seen so far.
+        recipe: How they are trained.
     """
 
     def __init__(self, stages: Sequence[Stage], flatten: Flatten, loss: PerSample, seed: int) -> None:
@@ -162,11 +182,11 @@ class LocalTraining:
         self._flatten = flatten
         self._loss = loss
         self._seed = seed
-        self._recipe = Recipe()
+        self.recipe = Recipe()
 
     def configure(self, recipe: Recipe) -> None:
         """Choose optimizers, schedules, precision and clipping; states of earlier ones are dropped."""
-        self._recipe = recipe
+        self.recipe = recipe
         for stage in self.stages:
             stage.configure(recipe)
 
@@ -208,15 +228,14 @@ class LocalTraining:
                 if store is not None:
                     store.save(number, self.steps)
                 records.append(record)
-                if on_epoch is not None and 0 in [stage.number for stage in runner.mine]:
+                if on_epoch is not None and runner.mine[0].number == 0:
                     on_epoch(record)
-            if isinstance(runner, Chain):
-                runner.spread(self.stages)
+            runner.spread(self.stages)
         return records
 
     def _configured(self) -> None:
         if not self.stages[0].learners:
-            self.configure(self._recipe)
+            self.configure(self.recipe)
 
     @contextmanager
     def _runner(self, parallel: bool, queue: int) -> Iterator[InTurn | Chain]:
@@ -244,10 +263,7 @@ class LocalTraining:
             self._schedule(runner, every_batch=True)
         sums += runner.finish()
         if not examples:
-            raise UserError(
-                "the data gave no batch in this epoch",
-                hint="give a DataLoader or a list: an iterator is empty after one epoch",
-            )
+            raise no_batch()
         seconds = time.perf_counter() - start
         self._schedule(runner, every_batch=False)
         means = runner.total(sums) / batches
@@ -255,14 +271,14 @@ class LocalTraining:
         for group, loss in enumerate(losses):
             if not math.isfinite(loss):
                 raise diverged(group)
-        down, up = runner.traffic() if isinstance(runner, Chain) else (0, 0)
+        down, up = runner.traffic()
         return LocalEpoch(
             number, losses, tuple(means[1, :-1].tolist()), seconds=seconds, examples=examples,
             bytes_down=down, bytes_up=up,
         )  # fmt: skip
 
     def _schedule(self, runner: InTurn | Chain, *, every_batch: bool) -> None:
-        if self._recipe.step_every_batch == every_batch:
+        if self.recipe.step_every_batch == every_batch:
             for learner in _learners(runner.mine):
                 if learner.scheduler is not None:
                     learner.scheduler.step()
@@ -274,10 +290,9 @@ class LocalTraining:
         runner = runner or InTurn(self.stages)
         sums = torch.zeros(2, len(self.stages), dtype=torch.float64)
         examples = 0
-        modes = [stage.group.training for stage in runner.mine]
-        for stage in runner.mine:
-            stage.train(False)
-        with torch.no_grad():
+        with torch.no_grad(), ExitStack() as modes:
+            for module in (module for stage in runner.mine for module in stage.modules):
+                modes.enter_context(evaluating(module))
             for batch in data:
                 inputs, targets, size = read_batch(torch.device("cpu"), batch)
                 for number, scores in runner.evaluate(self._flatten(inputs)):
@@ -286,10 +301,8 @@ class LocalTraining:
                     if error is not None:
                         sums[1, number] += size * error(scores, own).double().cpu()
                 examples += size
-        for stage, mode in zip(runner.mine, modes, strict=True):
-            stage.train(mode)
         if not examples:
-            raise UserError("the test data gave no batch", hint="an iterator is empty after it was read once")
+            raise no_test_batch()
         losses, errors = (tuple(row.tolist()) for row in runner.total(sums) / examples)
         return losses, errors if error is not None else ()
 
@@ -354,14 +367,12 @@ class Checkpoints:
 
     def newest(self) -> int | None:
         """The newest epoch that every stage has, in every process."""
-        known = None
-        for stage in self._runner.mine:
-            names = [path.name for path in self.folder.glob(f"stage_{stage.number}.epoch_*.pt")]
-            epochs = {int(found[1]) for found in map(_EPOCH.search, names) if found}
-            known = epochs if known is None else known & epochs
-        if isinstance(self._runner, Chain):
-            known = set.intersection(*self._runner.gather(known))
-        return max(known, default=None) if known else None
+        here = set.intersection(*map(self._epochs, self._runner.mine))
+        return max(set.intersection(*self._runner.gather(here)), default=None)
+
+    def _epochs(self, stage: Stage) -> set[int]:
+        names = [path.name for path in self.folder.glob(f"stage_{stage.number}.epoch_*.pt")]
+        return {int(found[1]) for found in map(_EPOCH.search, names) if found}
 
     def load(self, epoch: int) -> int:
         """Read the stages that are here; returns the number of steps."""

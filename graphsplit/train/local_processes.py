@@ -101,8 +101,7 @@ class Chain:
     def spread(self, stages: Sequence[Stage]) -> None:
         """Give every process the weights of all stages, so that each holds the whole model."""
         for stage in stages:
-            modules = [module for module in (stage.group, stage.critic) if module is not None]
-            for module in modules:
+            for module in stage.modules:
                 with torch.no_grad(), self._naming():
                     for tensor in (*module.parameters(), *module.buffers()):
                         own = tensor.detach().cpu().contiguous()

@@ -149,10 +149,7 @@ def _epoch(
     totals = sums.tolist()  # waits for the device
     seconds = time.perf_counter() - start
     if not examples:
-        raise UserError(
-            "the data gave no batch in this epoch",
-            hint="give a DataLoader or a list: an iterator is empty after one epoch",
-        )
+        raise no_batch()
     if scheduler is not None and not settings.step_every_batch:
         scheduler.step()
     test_loss, test_error = (None, None)
@@ -203,9 +200,22 @@ def evaluate(
             sums += size * _metrics(settings, loss(outputs, targets), outputs, targets)
             examples += size
     if not examples:
-        raise UserError("the test data gave no batch", hint="an iterator is empty after it was read once")
+        raise no_test_batch()
     totals = sums.tolist()
     return totals[0] / examples, None if error is None else totals[1] / examples
+
+
+def no_batch() -> UserError:
+    """What is said of an epoch without data."""
+    return UserError(
+        "the data gave no batch in this epoch",
+        hint="give a DataLoader or a list: an iterator is empty after one epoch",
+    )
+
+
+def no_test_batch() -> UserError:
+    """What is said of a test without data."""
+    return UserError("the test data gave no batch", hint="an iterator is empty after it was read once")
 
 
 @contextmanager

@@ -159,13 +159,18 @@ class Stage:
         self._waiting: deque[_Estimate] = deque()
         self.learners: list[Learner] = []
 
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The group, and the critic where there is one."""
+        return [self.group] if self.critic is None else [self.group, self.critic]
+
     def configure(self, recipe: Recipe) -> None:
         """Make optimizers and schedules."""
         self._amp = recipe.amp
-        make = recipe.critic_optimizer or recipe.optimizer
-        self.learners = [Learner(self.group, recipe.optimizer, recipe)]
-        if self.critic is not None:
-            self.learners.append(Learner(self.critic, make, recipe))
+        makers = (recipe.optimizer, recipe.critic_optimizer or recipe.optimizer)
+        self.learners = [
+            Learner(module, make, recipe) for module, make in zip(self.modules, makers, strict=False)
+        ]
 
     def forward(self, inputs: Sequence[Any], targets: Any, step: int = 0) -> Passed:
         """Run a batch and leave the group's gradients in it; the critic's follow with `learn`.
@@ -181,17 +186,16 @@ class Stage:
         inputs, targets = pytree.tree_map_only(Tensor, self._moved, (list(inputs), targets))
         with self._random(step), self._autocast():
             outputs = list(self.group.run_flat(inputs))
-        features = outputs[self._main[0 if self.group.training else -1]]
+        features = self._features(outputs)
         leaf = features if self.critic is None else features.detach().requires_grad_()
         losses = self._losses(leaf, targets, step)
         self._check(losses)
-        scale = self.learners[0].scaler.scale if self.learners else _same
         if self.critic is None:
             if losses.requires_grad:
-                scale(losses.mean()).backward()
+                self._scaled(0, losses.mean()).backward()
         else:
             if features.requires_grad:
-                (gradient,) = torch.autograd.grad(scale(losses.mean()), leaf, retain_graph=True)
+                (gradient,) = torch.autograd.grad(self._scaled(0, losses.mean()), leaf, retain_graph=True)
                 features.backward(gradient)
             self._waiting.append(_Estimate(losses, leaf.detach(), targets, step, self._updates))
         return Passed([_detached(value) for value in outputs], losses.detach())
@@ -218,6 +222,10 @@ class Stage:
         tensors = (*self.group.parameters(), *self.group.buffers())
         return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
+    def _scaled(self, learner: int, loss: Tensor) -> Tensor:
+        """A loss as the scaler of float16 wants it."""
+        return self.learners[learner].scaler.scale(loss) if self.learners else loss
+
     @property
     def _updates(self) -> int:
         return self.learners[1].updates if self.learners else 0
@@ -240,22 +248,25 @@ class Stage:
             losses = self._losses(batch.features, batch.targets, batch.step)
         difference = (losses - targets.to(losses)).abs().mean()
         if self.critic is not None and difference.requires_grad:
-            scale = self.learners[1].scaler.scale if self.learners else _same
             trained = [parameter for parameter in self.critic.parameters() if parameter.requires_grad]
             if trained:
-                scale(difference).backward(inputs=trained)
+                self._scaled(1, difference).backward(inputs=trained)
         return difference.detach()
 
     def scores(self, outputs: Sequence[Any]) -> Tensor:
         """What this stage would answer, from what its group gives."""
-        features: Tensor = outputs[self._main[0 if self.group.training else -1]]
+        features = self._features(outputs)
         return features if self.critic is None else self.critic(features)
+
+    def _features(self, outputs: Sequence[Any]) -> Tensor:
+        """What the critic sees; of the last group, the output that the loss takes."""
+        features: Tensor = outputs[self._main[0 if self.group.training else -1]]
+        return features
 
     def train(self, mode: bool = True) -> None:
         """Train or eval mode, of the group and the critic."""
-        self.group.train(mode)
-        if self.critic is not None:
-            self.critic.train(mode)
+        for module in self.modules:
+            module.train(mode)
 
     @contextmanager
     def _random(self, step: int) -> Iterator[None]:
@@ -289,7 +300,3 @@ def diverged(group: int) -> UserError:
 
 def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
-
-
-def _same(value: Tensor) -> Tensor:
-    return value
