@@ -133,7 +133,7 @@ def row(name: str, browser: str | None, runs: int, folder: Path | None) -> str:
         sizes = place.stat().st_size, still.stat().st_size
     cells = [
         name,
-        str(len(list(outline(divided.program, divided.analysis).root.boxes()))),
+        str(len(list(outline(*divided.drawn()).root.boxes()))),
         f"{drawn:.2f} s",
         f"{sizes[0] / 1e6:.2f} MB",
         f"{sizes[1] / 1e6:.2f} MB",

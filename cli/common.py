@@ -6,21 +6,17 @@ import contextlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from torch import Tensor
 
-from graphsplit._api import Partition, partition
-from graphsplit.bundle import MANIFEST, DepthBundle, PartitionBundle, Saved, load
-from graphsplit.cli.console import Progress
-from graphsplit.errors import BundleError, PartitionError
-from graphsplit.loading import load_model
-from graphsplit.program import Program
+from graphsplit.bundle import MANIFEST
+from graphsplit.cli import console
+from graphsplit.errors import BundleError, VerificationError
+from graphsplit.verification import Certificate
 
 
 class Start(StrEnum):
@@ -93,6 +89,9 @@ Outputs = Annotated[
     list[str] | None,
     typer.Option("--keep-output", metavar="NAME", help="Keep only this output of the model. Repeatable."),
 ]
+NoVerify = Annotated[
+    bool, typer.Option("--no-verify", help="Do not check that the pieces compute what they should.")
+]
 Out = Annotated[
     Path, typer.Option("-o", "--out", metavar="FOLDER", help="The bundle to write.", show_default=False)
 ]
@@ -106,147 +105,32 @@ Verbose = Annotated[
 ]
 
 
-# What the user names
+# Certificates
 
 
-@dataclass(frozen=True)
-class Asked:
-    """A model or bundle as the user named it; ``allow_meta`` where weights are not needed."""
-
-    target: str
-    k: int | None = None
-    entry: str | None = None
-    inputs: Sequence[str] | None = None
-    outputs: Sequence[str] | None = None
-    allow_meta: bool = False
-
-    @property
-    def is_bundle(self) -> bool:
-        """True for folders; all models are files or names."""
-        return Path(self.target).is_dir()
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a model is divided, and what the sub-models start with."""
-
-    shares: tuple[float, ...] | None = None
-    strategy: Who = Who.contiguous
-    fit: str | None = None
-    init: Start = Start.slice
-    seed: int = 0
-
-
-def parse_shares(text: str | None) -> tuple[float, ...] | None:
-    """The numbers of ``3,1``."""
-    if text is None:
-        return None
-    try:
-        return tuple(float(share) for share in text.split(","))
-    except ValueError:
-        raise typer.BadParameter(f"--shares {text}: expected numbers, such as 3,1") from None
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A division, of a model or from a bundle.
-
-    Attributes:
-        partition: The division.
-        origin: Where it came from.
-        states: State tensors of the sub-models where a bundle holds them, else None.
-        example: The example inputs, where they are all by position or all by keyword.
-    """
-
-    partition: Partition
-    origin: str
-    states: list[Mapping[str, Tensor]] | None = None
-    example: Any = None
-
-
-def open_model(asked: Asked, progress: Progress, options: Options | None = None) -> Opened:
-    """Load, trace and analyse a model."""
-    options = options or Options()
-    with progress.step("load"):
-        loaded = load_model(
-            asked.target, entry=asked.entry, inputs=asked.inputs or (), allow_meta=asked.allow_meta
-        )
-    with progress.step("trace and analyse"):
-        divided = partition(
-            loaded.model,
-            loaded.args,
-            loaded.kwargs,
-            k=asked.k,
-            shares=options.shares,
-            strategy=options.strategy.value,
-            fit=options.fit,
-            init=options.init.value,
-            seed=options.seed,
-            outputs=asked.outputs or loaded.outputs,
-        )
-    example = None if loaded.args and loaded.kwargs else loaded.args or loaded.kwargs
-    return Opened(divided, asked.target, example=example)
-
-
-def open_either(asked: Asked, progress: Progress, options: Options | None = None) -> Opened:
-    """The division of a bundle, or of a model."""
-    if not asked.is_bundle:
-        return open_model(asked, progress, options)
-    if options not in (None, Options()):
-        raise typer.BadParameter(
-            "--shares, --strategy, --fit and --seed are for models; a bundle is divided already"
-        )
-    return open_partition(asked, read_any(asked, progress), progress)
-
-
-def read_any(asked: Asked, progress: Progress) -> Saved:
-    """What a bundle holds; options that are for models are refused."""
-    if asked.entry or asked.inputs or asked.outputs:
-        raise typer.BadParameter(
-            "--entry, --input and --keep-output are for models; a bundle is traced already"
-        )
-    with progress.step("read"):
-        return load(asked.target)
-
-
-def open_partition(asked: Asked, bundle: Saved, progress: Progress) -> Opened:
-    """The division that a bundle holds."""
-    bundle = _as_partition(asked.target, bundle)
-    if asked.k not in (None, bundle.plan.k):
-        raise PartitionError(
-            f"{asked.target} is for K = {bundle.plan.k}",
-            hint=f"leave out -k, or partition the model for {asked.k}",
-        )
-    return open_bundle(bundle, asked.target, progress)
-
-
-def read_bundle(path: str, progress: Progress) -> PartitionBundle:
-    """A bundle that holds a partition."""
-    return _as_partition(path, read_any(Asked(path), progress))
-
-
-def _as_partition(path: str, bundle: Saved) -> PartitionBundle:
-    if isinstance(bundle, PartitionBundle):
-        return bundle
-    what = "layer groups" if isinstance(bundle, DepthBundle) else "one program"
-    raise BundleError(
-        f"{path} holds {what} and no partition", hint="give a folder that `graphsplit partition` wrote"
+def check_to_write(
+    certificate: Certificate, report: Callable[[], Mapping[str, Any]], *, as_json: bool
+) -> None:
+    """Where a certificate does not hold, show it, and raise, as nothing is to be written then."""
+    if certificate.ok:
+        return
+    if as_json:
+        console.json(report())
+    else:
+        console.certificate(certificate.to_data())
+    raise VerificationError(
+        "a check of the certificate failed, so nothing was written",
+        hint="please report it with the model; --no-verify writes the bundle all the same",
     )
 
 
-def open_bundle(bundle: PartitionBundle, path: str, progress: Progress) -> Opened:
-    """The division that a bundle holds."""
-    with progress.step("analyse"):
-        divided = partition(bundle.source, plan=bundle.plan)
-    return Opened(divided, path, [state_of(program) for program in bundle.submodels])
-
-
-def state_of(program: Program) -> dict[str, Tensor]:
-    """Every state tensor by name."""
-    return {name: entry.tensor for name, entry in program.state.items()}
-
-
 # Where results go
+
+
+def written(folder: Path) -> dict[str, Any]:
+    """The files of a folder with their sizes, for a report as JSON."""
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    return {"path": str(folder), "files": sizes}
 
 
 def refuse_taken(path: Path, *, force: bool) -> None:

@@ -222,11 +222,11 @@ def timings(seconds: Mapping[str, float]) -> None:
     _section("Time", Text(f"{sum(seconds.values()):.1f} s" + (f": {steps}" if steps else "")))
 
 
-def files(title: str, folder: Path, names: Sequence[str]) -> None:
+def files(title: str, paths: Sequence[Path]) -> None:
     """Files with their sizes."""
     table = _table("", ("", "right"), header=False)
-    for name in names:
-        table.add_row(name, size((folder / name).stat().st_size))
+    for path in paths:
+        table.add_row(path.name, size(path.stat().st_size))
     _section(title, table)
 
 

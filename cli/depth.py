@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from graphsplit._api import depth_exports
+from graphsplit import exports
 from graphsplit._layer_groups import LayerGroups
 from graphsplit._local_critics import LocalCritics, local_critics
 from graphsplit._synthetic_halves import SyntheticHalves, synthetic_halves
@@ -24,14 +24,16 @@ from graphsplit.cli.common import (
     Inputs,
     Json,
     Model,
+    NoVerify,
     Out,
     Outputs,
     Verbose,
+    check_to_write,
     refuse_taken,
+    written,
 )
-from graphsplit.cli.export import onnx_rows
+from graphsplit.cli.export import run_exports
 from graphsplit.depth.plan import UNITS, Tied
-from graphsplit.errors import VerificationError
 from graphsplit.loading import Loaded, load_model
 from graphsplit.train.synthetic import Labels
 from graphsplit.verification import Certificate
@@ -90,9 +92,6 @@ OutputName = Annotated[
     str | None, typer.Option("--loss-output", metavar="NAME", help="The output that the loss takes.")
 ]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Of what is drawn at random.")]
-NoVerify = Annotated[
-    bool, typer.Option("--no-verify", help="Do not check that the pieces compute what they should.")
-]
 Onnx = Annotated[bool, typer.Option("--onnx", help="Also write every group and sub-model as ONNX.")]
 Classes = Annotated[
     int, typer.Option("--classes", metavar="N", help="Number of classes.", show_default=False)
@@ -207,53 +206,32 @@ def _run(
     if not no_verify:
         with progress.step("verify"):
             certificate = groups.verify()
-    report = depth_report(divided, certificate)
-    if certificate is not None and not certificate.ok:
-        if as_json:
-            console.json({"origin": model, **report})
-        else:
-            console.certificate(certificate.to_data())
-        raise VerificationError(
-            "a check of the certificate failed, so nothing was written",
-            hint="please report it with the model; --no-verify writes the bundle all the same",
-        )
+    report = {"origin": model, **depth_report(divided, certificate)}
+    if certificate is not None:
+        check_to_write(certificate, lambda: report, as_json=as_json)
     with contextlib.ExitStack() as stack:
         rows: list[dict[str, Any]] = []
         bundle = divided.to_bundle()
         if onnx:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            example = None if loaded.args and loaded.kwargs else loaded.args or loaded.kwargs
-            rows = _exported(divided, folder, example, progress)
+            rows, _ = run_exports(exports.of_depth(divided, folder, loaded.example), progress)
             bundle = replace(bundle, files={path.name: path for path in sorted(folder.iterdir())})
         with progress.step("write"):
             save(_certified(bundle, certificate), out, overwrite=force)
-    names = sorted(path.name for path in out.iterdir())
     if as_json:
-        written = {"path": str(out), "files": {name: (out / name).stat().st_size for name in names}}
-        timings = progress.timings
-        console.json({"origin": model, **report, "onnx": rows, "timings": timings, "written": written})
+        console.json({**report, "onnx": rows, "timings": progress.timings, "written": written(out)})
         return
     console.depth(report, model)
     if rows:
         console.onnx(rows)
     console.timings(progress.timings)
-    console.files(f"Written to {out}", out, names)
+    console.files(f"Written to {out}", sorted(out.iterdir()))
     lines = [f"found = graphsplit.load({str(out)!r})", "found.fit(data, epochs=10)"]
     console.commands("Next: train it in Python", lines)
 
 
 def _certified(bundle: DepthBundle, certificate: Certificate | None) -> DepthBundle:
     return replace(bundle, certificate=None if certificate is None else certificate.to_data())
-
-
-def _exported(
-    divided: LocalCritics | SyntheticHalves, folder: Path, example: Any, progress: console.Progress
-) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for name, export in depth_exports(divided, folder, example).items():
-        with progress.step(f"export {name}"):
-            rows += onnx_rows(export())
-    return rows
 
 
 def depth_report(divided: LocalCritics | SyntheticHalves, certificate: Certificate | None) -> dict[str, Any]:

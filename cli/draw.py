@@ -9,7 +9,6 @@ import typer
 
 from graphsplit.cli import console
 from graphsplit.cli.common import (
-    Asked,
     Entry,
     Force,
     Inputs,
@@ -19,9 +18,9 @@ from graphsplit.cli.common import (
     Target,
     Verbose,
     in_place_of,
-    open_either,
     refuse_taken_file,
 )
+from graphsplit.cli.opening import Asked, open_any
 from graphsplit.drawing import check_suffix
 from graphsplit.drawing import draw as figure_of
 
@@ -53,19 +52,15 @@ def draw(
     check_suffix(out)
     refuse_taken_file(out, force=force)
     progress = console.Progress()
-    opened = open_either(Asked(target, k, entry, inputs, keep_output), progress)
-    divided = opened.partition
+    opened = open_any(Asked(target, k, entry, inputs, keep_output), progress)
     with progress.step("draw"):
-        figure = figure_of(divided.program, divided.analysis, out, depth)
+        figure = figure_of(*opened.drawn(), out, depth)
     with in_place_of(out) as path:
         path.write_text(figure, encoding="utf-8", newline="\n")
-    size = out.stat().st_size
     if as_json:
-        console.json(
-            {"origin": opened.origin, "model": divided.plan.model, "k": divided.k,
-             "timings": progress.timings, "written": {"path": str(out), "bytes": size}}
-        )  # fmt: skip
+        file = {"path": str(out), "bytes": out.stat().st_size}
+        console.json({**opened.facts, "timings": progress.timings, "written": file})
         return
-    console.say(f"{divided.plan.model} from {opened.origin}, {divided.k} sub-models")
+    console.say(opened.words)
     console.timings(progress.timings)
-    console.files("Written", out.parent, [out.name])
+    console.files("Written", [out])

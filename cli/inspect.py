@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from graphsplit.cli import console
 from graphsplit.cli.common import (
-    Asked,
     Entry,
     Fit,
     Inputs,
     Json,
     OptionalK,
-    Options,
     Outputs,
     Seed,
     Shares,
@@ -18,9 +16,8 @@ from graphsplit.cli.common import (
     Target,
     Verbose,
     Who,
-    open_either,
-    parse_shares,
 )
+from graphsplit.cli.opening import Asked, Options, open_either, parse_shares
 from graphsplit.report import model_report
 
 

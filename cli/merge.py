@@ -14,14 +14,11 @@ from graphsplit.cli import console, weights
 from graphsplit.cli.common import (
     Force,
     Json,
-    Opened,
     Verbose,
-    open_bundle,
-    read_bundle,
     refuse_taken,
     refuse_taken_file,
-    state_of,
 )
+from graphsplit.cli.opening import Opened, open_bundle, read_bundle, state_of
 from graphsplit.errors import PlanError
 from graphsplit.plan import PartitionPlan
 from graphsplit.report import model_report

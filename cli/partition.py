@@ -9,20 +9,19 @@ from typing import Annotated, Any
 
 import typer
 
+from graphsplit import exports
 from graphsplit._api import Partition
 from graphsplit.bundle import PartitionBundle, save, without_weights
 from graphsplit.cli import console
 from graphsplit.cli.common import (
-    Asked,
     Entry,
     Fit,
     Force,
     Inputs,
     Json,
     Model,
-    Opened,
+    NoVerify,
     OptionalK,
-    Options,
     Out,
     Outputs,
     Seed,
@@ -31,11 +30,12 @@ from graphsplit.cli.common import (
     Strategy,
     Verbose,
     Who,
-    open_model,
-    parse_shares,
+    check_to_write,
     refuse_taken,
+    written,
 )
-from graphsplit.errors import VerificationError
+from graphsplit.cli.export import run_exports
+from graphsplit.cli.opening import Asked, Opened, Options, open_model, parse_shares
 from graphsplit.report import PartitionReport, partition_report
 from graphsplit.verification import Certificate
 
@@ -44,9 +44,6 @@ Init = Annotated[
     typer.Option(
         "--init", help="Weights of the sub-models: slices of the model's, rescaled slices, or fresh ones."
     ),
-]
-NoVerify = Annotated[
-    bool, typer.Option("--no-verify", help="Do not check that the pieces compute what they should.")
 ]
 Onnx = Annotated[bool, typer.Option("--onnx", help="Also write every sub-model as ONNX.")]
 Merged = Annotated[bool, typer.Option("--merged", help="Also write the merged model.")]
@@ -97,50 +94,40 @@ def partition(
             )
             save(bundle, out, overwrite=force)
     report = partition_report(divided, certificate, progress.timings)
-    names = sorted(path.name for path in out.iterdir())
     if as_json:
-        written = {"path": str(out), "files": {name: (out / name).stat().st_size for name in names}}
-        console.json({"origin": opened.origin, **report, "onnx": rows, "written": written})
+        console.json({"origin": opened.origin, **report, "onnx": rows, "written": written(out)})
     else:
-        _show(report, opened.origin, rows, out, names)
+        _show(report, opened.origin, rows, out)
 
 
 def _verified(divided: Partition, progress: console.Progress, origin: str, *, as_json: bool) -> Certificate:
     """The certificate; where it does not hold it is shown, and nothing is written."""
     with progress.step("verify"):
         certificate = divided.verify()
-    if certificate.ok:
-        return certificate
-    if as_json:
-        console.json({"origin": origin, **partition_report(divided, certificate, progress.timings)})
-    else:
-        console.certificate(certificate.to_data())
-    raise VerificationError(
-        "a check of the certificate failed, so nothing was written",
-        hint="please report it with the model; --no-verify writes the bundle all the same",
-    )
+
+    def report() -> dict[str, Any]:
+        return {"origin": origin, **partition_report(divided, certificate, progress.timings)}
+
+    check_to_write(certificate, report, as_json=as_json)
+    return certificate
 
 
 def _exported(
     opened: Opened, folder: Path, progress: console.Progress, *, merged: bool
 ) -> tuple[list[dict[str, Any]], dict[str, bytes | Path]]:
-    from graphsplit.cli.export import export_all  # ONNX takes seconds to import.
-
-    programs = {f"submodel_{part}.onnx": program for part, program in enumerate(opened.partition.programs)}
+    programs = exports.of_submodels(opened.partition.programs)
     if merged:
         programs["merged.onnx"] = opened.partition.merged_program()
-    rows, _ = export_all(programs, folder, opened.example, progress)
+    rows, _ = run_exports(exports.of_programs(programs, folder, opened.example), progress)
     return rows, {path.name: path for path in sorted(folder.iterdir())}
 
 
-def _show(
-    report: PartitionReport, origin: str, rows: list[dict[str, Any]], out: Path, names: list[str]
-) -> None:
+def _show(report: PartitionReport, origin: str, rows: list[dict[str, Any]], out: Path) -> None:
     console.partition(report, origin)
     if rows:
         console.onnx(rows)
     console.timings(report["timings"])
-    console.files(f"Written to {out}", out, names)
+    console.files(f"Written to {out}", sorted(out.iterdir()))
     weights = " ".join(f"weights_{part}.safetensors" for part in range(min(report["k"], 2)))
     more = " ..." if report["k"] > 2 else ""
     console.commands(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from graphsplit import bundle
+from graphsplit import bundle, exports
 from graphsplit._layer_groups import LayerGroups
 from graphsplit._local_critics import LocalCritics
 from graphsplit._synthetic_halves import SyntheticHalves
@@ -22,6 +22,7 @@ from graphsplit.analysis.dealing import Prescribed, Strategy, check_shares, deal
 from graphsplit.bundle import DepthBundle, PartitionBundle
 from graphsplit.drawing import draw as figure_of
 from graphsplit.drawing import snippet
+from graphsplit.drawing.division import ByWidth, Division
 from graphsplit.emission import ProgramModule, emit
 from graphsplit.errors import BundleError, PartitionError, PlanError
 from graphsplit.initialization import Init, initialise, refuse_nan
@@ -240,9 +241,13 @@ class Partition:
             state[plan.name] = tensor.detach().requires_grad_(tensor.requires_grad)
         return state
 
+    def drawn(self) -> tuple[Program, Division]:
+        """What a figure shows."""
+        return self.program, ByWidth(self.analysis)
+
     def _repr_html_(self) -> str:
         """A small figure, for notebooks."""
-        return snippet(self.program, self.analysis)
+        return snippet(*self.drawn())
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{count:,}" for count in self.plan.parameter_counts())
@@ -387,9 +392,7 @@ def load(path: str | Path) -> Object:
     """
     found = bundle.load(path)
     if isinstance(found, DepthBundle):
-        if "labels" in found.options:
-            return SyntheticHalves.from_bundle(found)
-        return LocalCritics.from_bundle(found) if found.critics else LayerGroups.from_bundle(found)
+        return from_bundle(found)
     if not isinstance(found, PartitionBundle):
         return found
     divided = partition(found.source, plan=found.plan)
@@ -399,11 +402,19 @@ def load(path: str | Path) -> Object:
     return loaded
 
 
-def draw(obj: Partition | Program | ProgramModule, path: str | Path, *, depth: int | None = None) -> None:
-    """Write a figure of a model, nested by module, with the parts of a partition in colours.
+def from_bundle(found: DepthBundle) -> exports.Depth:
+    """What a bundle holds of a model that is cut by depth."""
+    if "labels" in found.options:
+        return SyntheticHalves.from_bundle(found)
+    return LocalCritics.from_bundle(found) if found.critics else LayerGroups.from_bundle(found)
+
+
+def draw(obj: Object, path: str | Path, *, depth: int | None = None) -> None:
+    """Write a figure of a model, nested by module, with its parts in colours.
 
     Args:
-        obj: A partition, or a program or module, which is drawn without parts.
+        obj: A partition, layer groups, local critics (which are drawn, too) or synthetic halves; a program or
+            module is drawn without parts.
         path: The file: ``.svg`` is a still picture, ``.html`` opens and closes modules, and can be searched.
         depth: How many levels of modules are open (at the start); as many as can be read unless given.
 
@@ -412,38 +423,14 @@ def draw(obj: Partition | Program | ProgramModule, path: str | Path, *, depth: i
         BundleError: The file cannot be written.
     """
     path = Path(path)
-    if isinstance(obj, Partition):
-        text = figure_of(obj.program, obj.analysis, path, depth)
-    else:
-        program = bundle.program_of(obj) if isinstance(obj, ProgramModule) else obj
-        text = figure_of(program, None, path, depth)
+    if isinstance(obj, ProgramModule):
+        obj = bundle.program_of(obj)
+    program, division = (obj, None) if isinstance(obj, Program) else obj.drawn()
+    text = figure_of(program, division, path, depth)
     try:
         path.write_text(text, encoding="utf-8", newline="\n")
     except OSError as error:
         raise BundleError(f"{path} cannot be written: {error.strerror or error}") from error
-
-
-def depth_exports(
-    obj: LayerGroups | LocalCritics | SyntheticHalves, folder: Path, example: Any = None
-) -> dict[str, Callable[[], OnnxReport]]:
-    """What writes each ONNX file of a model cut by depth, by its name."""
-    from graphsplit.onnx_anytime import export_anytime
-    from graphsplit.onnx_export import export_onnx as export
-
-    groups = obj if isinstance(obj, LayerGroups) else obj.groups
-    programs = groups.current_programs()
-    pieces = {f"group_{number}.onnx": program for number, program in enumerate(programs)}
-    if isinstance(obj, LocalCritics):
-        pieces |= {f"submodel_{number}.onnx": obj.submodel_program(number) for number in range(obj.n + 1)}
-    found: dict[str, Callable[[], OnnxReport]] = {}
-    for name, program in pieces.items():
-        own = example if program.signature.inputs == groups.program.signature.inputs else None
-        found[name] = partial(export, program, folder / name, example=own)
-    if isinstance(obj, LocalCritics) and obj.n:
-        critics = [obj.critic_program(number) for number in range(obj.n)]
-        place = folder / "anytime.onnx"
-        found[place.name] = partial(export_anytime, programs, critics, obj.mains, place, example=example)
-    return found
 
 
 def export_onnx(obj: Object, path: str | Path) -> dict[str, OnnxReport]:
@@ -463,17 +450,15 @@ def export_onnx(obj: Object, path: str | Path) -> dict[str, OnnxReport]:
         UnsupportedError: ONNX cannot express an op.
         VerificationError: ONNX Runtime gives other values.
     """
-    from graphsplit.onnx_ensemble import export_ensemble  # takes half a second to import
-    from graphsplit.onnx_export import export_onnx as export
-
     path = Path(path)
-    if isinstance(obj, (Program, ProgramModule)):
-        return {path.name: export(obj, path)}
-    path.mkdir(parents=True, exist_ok=True)
-    if not isinstance(obj, Partition):
-        return {name: run() for name, run in depth_exports(obj, path).items()}
-    programs = obj.current_programs()
-    pieces = {f"submodel_{part}.onnx": program for part, program in enumerate(programs)}
-    pieces["merged.onnx"] = obj.merged_program()
-    reports = {name: export(program, path / name) for name, program in pieces.items()}
-    return {**reports, "ensemble.onnx": export_ensemble(programs, path / "ensemble.onnx")}
+    if isinstance(obj, ProgramModule):
+        obj = bundle.program_of(obj)
+    if isinstance(obj, Program):
+        found = exports.of_programs({path.name: obj}, path.parent)
+    else:
+        path.mkdir(parents=True, exist_ok=True)
+        if isinstance(obj, Partition):
+            found = exports.of_partition(obj.current_programs(), obj.merged_program(), path)
+        else:
+            found = exports.of_depth(obj, path)
+    return {name: write() for name, write in found.items()}

@@ -13,10 +13,12 @@ from graphsplit.bundle import DepthBundle, program_of, without_weights
 from graphsplit.depth.certificate import certify_groups
 from graphsplit.depth.cuts import Cuts, cut_by_plan
 from graphsplit.depth.plan import Crossing, DepthPlan, GroupPlan, Measure, Tied
+from graphsplit.drawing import snippet
+from graphsplit.drawing.division import ByDepth, Division
 from graphsplit.emission import ProgramModule, emit
 from graphsplit.errors import PlanError
 from graphsplit.memory import parse_bytes
-from graphsplit.passes.layer_groups import divide, extract_group, join
+from graphsplit.passes.layer_groups import divide, extract_group, join, join_exits
 from graphsplit.program import Program, TensorMeta, meta_of, source_of
 from graphsplit.verification import Certificate, Example, opened_model
 
@@ -129,6 +131,15 @@ class LayerGroups:
                 )
             found.append(program_of(module))
         return tuple(found)
+
+    def drawn(self, critics: Sequence[Program] = (), mains: Sequence[int] = ()) -> tuple[Program, Division]:
+        """What a figure shows: the groups, and critics on the outputs ``mains`` of theirs."""
+        program, owners = join_exits(self.current_programs(), critics, mains, self.program)
+        return program, ByDepth(program, owners, self.n)
+
+    def _repr_html_(self) -> str:
+        """A small figure, for notebooks."""
+        return snippet(*self.drawn())
 
     def recompose(self, modules: Sequence[nn.Module] | None = None) -> ProgramModule:
         """One model of all groups, with the values that they have now and the original parameter names.

@@ -17,6 +17,8 @@ from graphsplit.bundle import DepthBundle, program_of
 from graphsplit.depth.anytime import Anytime
 from graphsplit.depth.critics import CriticFactory, Form, build_critic, main_tensor
 from graphsplit.depth.plan import Measure, Tied
+from graphsplit.drawing import snippet
+from graphsplit.drawing.division import Division
 from graphsplit.emission import ProgramModule, emit
 from graphsplit.errors import PartitionError, UserError
 from graphsplit.passes.layer_groups import join, join_head
@@ -251,6 +253,15 @@ class LocalCritics:
         values = dict(critic.named_parameters()) | dict(critic.named_buffers())
         program = self._traced[i, device]
         return program.with_state({name: values[name] for name in program.state if name in values})
+
+    def drawn(self) -> tuple[Program, Division]:
+        """What a figure shows: groups and critics."""
+        critics = [self.critic_program(number) for number in range(self.n)]
+        return self.groups.drawn(critics, self.mains[:-1])
+
+    def _repr_html_(self) -> str:
+        """A small figure, for notebooks."""
+        return snippet(*self.drawn())
 
     def complexity(self) -> tuple[Complexity, ...]:
         """Parameters and FLOPs of every sub-model, with the share of its critic."""

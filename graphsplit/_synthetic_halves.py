@@ -14,6 +14,8 @@ from graphsplit import costs
 from graphsplit._layer_groups import LayerGroups, layer_groups
 from graphsplit.bundle import DepthBundle
 from graphsplit.depth.plan import Tied
+from graphsplit.drawing import snippet
+from graphsplit.drawing.division import Division
 from graphsplit.emission import ProgramModule
 from graphsplit.errors import PartitionError, UserError
 from graphsplit.graphs import base_name
@@ -80,6 +82,14 @@ class SyntheticHalves:
     def from_bundle(cls, found: DepthBundle) -> SyntheticHalves:
         """What a bundle holds."""
         return cls(LayerGroups.from_bundle(found), Labels(**found.options["labels"]))
+
+    def drawn(self) -> tuple[Program, Division]:
+        """What a figure shows."""
+        return self.groups.drawn()
+
+    def _repr_html_(self) -> str:
+        """A small figure, for notebooks."""
+        return snippet(*self.drawn())
 
     @property
     def parts(self) -> list[ProgramModule]:

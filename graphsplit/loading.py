@@ -66,6 +66,11 @@ class Loaded:
     origin: str
     outputs: tuple[str, ...] | None = None
 
+    @property
+    def example(self) -> Any:
+        """The inputs where all are by position or all by keyword, else None."""
+        return None if self.args and self.kwargs else self.args or self.kwargs
+
 
 def load_model(
     spec: str, *, entry: str | None = None, inputs: Sequence[str] = (), allow_meta: bool = False

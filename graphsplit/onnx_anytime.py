@@ -33,11 +33,7 @@ from graphsplit.onnx_export import (
     OnnxReport,
     check_opset,
     check_path,
-    describe_values,
-    move_into_place,
-    save_checked,
-    verify_file,
-    writing,
+    write_verified,
 )
 from graphsplit.program import Program, meta_of
 
@@ -86,23 +82,10 @@ def export_anytime(
     cases, notes = pieces[0].cases(example)
     answers = [_answers(pieces, heads, mains, case) for case in cases]
     file = _File(pieces, heads, mains, cases[0], opset).build()
-    inputs = (*pieces[0].input_names, CONFIDENCE)
-    outputs = [str(value.name) for value in file.graph.outputs]
     checked = [found for case, scores in zip(cases, answers, strict=True) for found in _cases(case, scores)]
-    with writing(path) as folder:
-        save_checked(file, folder / path.name)
-        rows = verify_file(folder / path.name, inputs, outputs, checked, ())
-        written = move_into_place(folder, path)
-    return OnnxReport(
-        path=path,
-        files=written,
-        bytes=sum(item.stat().st_size for item in written),
-        opset=file.opset_imports[""],
-        inputs=describe_values(file.graph.inputs, (*pieces[0].signature.input_names, CONFIDENCE)),
-        outputs=describe_values(file.graph.outputs, outputs),
-        rows=rows,
-        notes=tuple(notes),
-    )
+    outputs = [str(value.name) for value in file.graph.outputs]
+    names = ((*pieces[0].signature.input_names, CONFIDENCE), outputs)
+    return write_verified(file, path, names, checked, notes=notes)
 
 
 def _chain(pieces: Sequence[Exportable], case: Case) -> list[list[Tensor]]:

@@ -37,13 +37,9 @@ from graphsplit.onnx_export import (
     OnnxReport,
     check_opset,
     check_path,
-    describe_values,
-    move_into_place,
     random_notes,
-    save_checked,
     to_onnx,
-    verify_file,
-    writing,
+    write_verified,
 )
 from graphsplit.program import Program, meta_of, op_name, source_of
 from graphsplit.signature import Outputs
@@ -110,22 +106,11 @@ def export_ensemble(
             name for model, case in zip(models, own, strict=True) for name in model.random_outputs(case)
         )
     )
-    with writing(path) as folder:
-        save_checked(file, folder / path.name)
-        names = (models[0].input_names, models[0].output_names)
-        rows = verify_file(folder / path.name, *names, expected, random)
-        written = move_into_place(folder, path)
     changes = dict.fromkeys(note for model in models for note in model.buffer_notes(cases[0]))
-    return OnnxReport(
-        path=path,
-        files=written,
-        bytes=sum(item.stat().st_size for item in written),
-        opset=file.opset_imports[""],
-        inputs=describe_values(file.graph.inputs, models[0].signature.input_names),
-        outputs=describe_values(file.graph.outputs, models[0].signature.outputs[0].names),
-        rows=rows,
-        notes=(*notes, *random_notes(random), *changes),
-    )
+    said = (*notes, *random_notes(random), *changes)
+    signature = models[0].signature
+    names = (signature.input_names, signature.outputs[0].names)
+    return write_verified(file, path, names, expected, random=random, notes=said)
 
 
 def _check_alike(programs: Sequence[Program]) -> None:

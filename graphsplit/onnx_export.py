@@ -189,19 +189,46 @@ def export_onnx(
     cases, notes = model.cases(example)
     file = to_onnx(model, model.export(cases[0].inputs), opset)
     random = model.random_outputs(cases[0])
+    said = (*notes, *random_notes(random), *model.buffer_notes(cases[0]))
+    signature = model.signature
+    names = (signature.input_names, signature.outputs[0].names)
+    return write_verified(file, path, names, cases, random=random, notes=said)
+
+
+def write_verified(
+    file: onnx_ir.Model,
+    path: Path,
+    names: tuple[Sequence[str], Sequence[str]],
+    cases: Sequence[Case],
+    *,
+    random: Sequence[str] = (),
+    notes: Sequence[str] = (),
+) -> OnnxReport:
+    """Write a file, check it, run it, and only then put it in its place.
+
+    Args:
+        file: What to write.
+        path: Where.
+        names: What the user calls inputs and outputs.
+        cases: What to run it on, and what torch gave.
+        random: Outputs that are not compared, as the file names them.
+        notes: For the report.
+    """
+    inputs, outputs = file.graph.inputs, file.graph.outputs
+    run_names = [str(value.name) for value in inputs], [str(value.name) for value in outputs]
     with writing(path) as folder:
-        save_checked(file, folder / path.name)
-        rows = verify_file(folder / path.name, model.input_names, model.output_names, cases, random)
-        files = move_into_place(folder, path)
+        _save_checked(file, folder / path.name)
+        rows = _verify_file(folder / path.name, *run_names, cases, random)
+        files = _move_into_place(folder, path)
     return OnnxReport(
         path=path,
         files=files,
         bytes=sum(written.stat().st_size for written in files),
         opset=file.opset_imports[""],
-        inputs=describe_values(file.graph.inputs, model.signature.input_names),
-        outputs=describe_values(file.graph.outputs, model.signature.outputs[0].names),
+        inputs=_describe_values(inputs, names[0]),
+        outputs=_describe_values(outputs, names[1]),
         rows=rows,
-        notes=(*notes, *random_notes(random), *model.buffer_notes(cases[0])),
+        notes=tuple(notes),
     )
 
 
@@ -661,7 +688,7 @@ def _renamed_size(size: int | onnx_ir.SymbolicDim, names: Mapping[str, str]) -> 
     return re.sub(r"[A-Za-z_]\w*", lambda found: names.get(found[0], found[0]), size.value)
 
 
-def describe_values(values: Sequence[onnx_ir.Value], paths: Sequence[str]) -> tuple[OnnxValue, ...]:
+def _describe_values(values: Sequence[onnx_ir.Value], paths: Sequence[str]) -> tuple[OnnxValue, ...]:
     """Inputs or outputs of a file for its report."""
     described = []
     for value, path in zip(values, paths, strict=True):
@@ -684,7 +711,7 @@ def writing(path: Path) -> Iterator[Path]:
         ) from error
 
 
-def save_checked(file: onnx_ir.Model, path: Path) -> None:
+def _save_checked(file: onnx_ir.Model, path: Path) -> None:
     """Write a file, its weights apart where one cannot hold them, and check it."""
     weights = sum(value.const_value.nbytes for value in file.graph.initializers.values() if value.const_value)
     onnx_ir.save(file, path, external_data=f"{path.name}.data" if weights > SINGLE_FILE_BYTES else None)
@@ -696,7 +723,7 @@ def save_checked(file: onnx_ir.Model, path: Path) -> None:
         ) from error
 
 
-def move_into_place(folder: Path, path: Path) -> tuple[Path, ...]:
+def _move_into_place(folder: Path, path: Path) -> tuple[Path, ...]:
     """Put what was written in its place, the model last: it refers to the weights."""
     written = sorted(folder.iterdir(), key=lambda file: file.name == path.name)
     for file in written:
@@ -724,7 +751,7 @@ def _quiet() -> Iterator[None]:
 # ONNX Runtime against torch
 
 
-def verify_file(
+def _verify_file(
     path: Path, inputs: Sequence[str], outputs: Sequence[str], cases: Sequence[Case], random: Sequence[str]
 ) -> tuple[OnnxRow, ...]:
     """Run a file in ONNX Runtime and compare it with what torch gave; raise where they differ."""

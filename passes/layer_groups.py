@@ -15,7 +15,7 @@ it; what skips a group passes through it. Nodes keep their order, so that random
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -27,10 +27,10 @@ from graphsplit.depth.cuts import Cuts, cut_at, cut_evenly
 from graphsplit.depth.line import Line
 from graphsplit.depth.plan import MEASURES, TIED, Measure, Tied
 from graphsplit.errors import InternalError, PartitionError, PlanError
-from graphsplit.graphs import drop_dead, int_arg, node_arg
+from graphsplit.graphs import copy_graph, drop_dead, int_arg, node_arg
 from graphsplit.passes.base import Pass, PassResult, Programs
 from graphsplit.passes.unstack import unstack
-from graphsplit.program import Dim, Program, StateEntry, meta_of
+from graphsplit.program import Dim, Program, StateEntry, meta_of, source_of
 from graphsplit.signature import Outputs, Signature
 
 
@@ -188,25 +188,82 @@ def join_head(prefix: Program, head: Program, position: int, name: str) -> Progr
         position: Which output of ``prefix`` it takes.
         name: Stands before the names of the head's state.
     """
-    named = {
-        old: replace(entry, name=f"{name}.{old}", aliases=tuple(f"{name}.{alias}" for alias in entry.aliases))
-        for old, entry in head.state.items()
-    }
-    renamed = {old: entry.name for old, entry in named.items()}
+    head = _under(head, name)
     graphs = []
     for mode in ("train", "eval") if len(prefix.graphs) + len(head.graphs) > 2 else ("eval",):
-        first, second = prefix.graph(mode), head.graph(mode)
-        graphs.append(_joined_graph([first, second], [{}, renamed], [position]))
+        graphs.append(_joined_graph([prefix.graph(mode), head.graph(mode)], [{}, {}], [position]))
     outputs = tuple(
         head.signature.outputs[min(number, len(head.graphs) - 1)] for number in range(len(graphs))
     )
     return replace(
         prefix,
         graphs=tuple(graphs),
-        state={**prefix.state, **{entry.name: entry for entry in named.values()}},
+        state={**prefix.state, **head.state},
         signature=replace(prefix.signature, outputs=outputs),
-        names=(*prefix.names, *(f"{name}.{old}" for old in head.names)),
+        names=(*prefix.names, *head.names),
     )
+
+
+def join_exits(
+    programs: Sequence[Program], heads: Sequence[Program], mains: Sequence[int], full: Program
+) -> tuple[Program, dict[fx.Node, tuple[int, bool]]]:
+    """The model in eval mode with every head on what its group hands on, as one program with all outputs.
+
+    Args:
+        programs: The groups, in order.
+        heads: One for each group but the last, or none.
+        mains: Which of a group's outputs its head takes.
+        full: See `join`.
+
+    Returns:
+        The program, which gives the model's outputs and then those of the heads, and for each of its nodes
+        the group that it belongs to, and whether it is the head's.
+    """
+    whole = join(programs, full)
+    _, renamed = _joined_state(programs, full)
+    heads = [_under(head, f"critic_{number}") for number, head in enumerate(heads)]
+    joined = _Joined()
+    handed: list[Any] = []
+    scores: list[Any] = []
+    owners: dict[fx.Node, tuple[int, bool]] = {}
+    for number, program in enumerate(programs):
+        handed = joined.add(program.graph(), handed if number else None, renamed[number])
+        owners |= {node: (number, False) for node in joined.added.values() if node not in owners}
+        if number < len(heads):
+            scores += joined.add(heads[number].graph(), [handed[mains[number]]], {})
+            owners |= {node: (number, True) for node in joined.added.values() if node not in owners}
+    outputs = full.signature.outputs[-1]
+    names = (*outputs.names, *(f"scores of critic {number}" for number in range(len(heads))))
+    leaves = tuple(range(len(handed) + len(scores)))
+    found = replace(
+        whole,
+        graphs=(joined.close([*handed, *scores]),),
+        state={**whole.state, **{name: entry for head in heads for name, entry in head.state.items()}},
+        signature=replace(whole.signature, outputs=(Outputs(pytree.tree_structure(leaves), leaves, names),)),
+        names=(*whole.names, *(name for head in heads for name in head.names)),
+    )
+    return found, owners
+
+
+def _under(program: Program, name: str) -> Program:
+    """The program with a name before those of its state and of its modules."""
+    state = {
+        f"{name}.{entry.name}": replace(
+            entry, name=f"{name}.{entry.name}", aliases=tuple(f"{name}.{alias}" for alias in entry.aliases)
+        )
+        for entry in program.state.values()
+    }
+    graphs = []
+    for graph in program.graphs:
+        copied = copy_graph(graph)
+        for node in copied.nodes:
+            if node.op == "get_attr":
+                node.target = f"{name}.{node.target}"
+            source = source_of(node)
+            node.meta["source"] = replace(source, module=f"{name}.{source.module}".rstrip("."))
+        graphs.append(copied)
+    names = tuple(f"{name}.{old}" for old in program.names)
+    return replace(program, graphs=tuple(graphs), state=state, names=names)
 
 
 def _check_chain(programs: Sequence[Program], full: Program) -> None:
@@ -256,35 +313,64 @@ def _joined_graph(
     graphs: Sequence[fx.Graph], renamed: Sequence[dict[str, str]], taken: Sequence[int] | None = None
 ) -> fx.Graph:
     """Graphs one after the other; ``taken`` are the outputs that the next one takes, by default all."""
-    joined = fx.Graph()
-    states: dict[str, fx.Node] = {}
-    writes: list[tuple[fx.Node, dict[fx.Node, fx.Node]]] = []
+    joined = _Joined()
     handed: list[Any] = []
     for number, graph in enumerate(graphs):
-        values: dict[fx.Node, fx.Node] = {}
         given = handed if taken is None or not number else [handed[position] for position in taken]
-        inputs = iter(given)
+        handed = joined.add(graph, given if number else None, renamed[number])
+    return joined.close(handed)
+
+
+class _Joined:
+    """A graph that is put together of others.
+
+    Attributes:
+        added: What stands for the nodes of the graph that was added last.
+    """
+
+    def __init__(self) -> None:
+        self._graph = fx.Graph()
+        self._states: dict[str, fx.Node] = {}
+        self._writes: list[tuple[fx.Node, dict[fx.Node, Any]]] = []
+        self._closing: dict[str, Any] = {}
+        self.added: dict[fx.Node, Any] = {}
+
+    def add(self, graph: fx.Graph, given: Sequence[Any] | None, renamed: Mapping[str, str]) -> list[Any]:
+        """Let a graph run next; returns its outputs.
+
+        Args:
+            graph: What to add; it is not changed.
+            given: What its inputs are; None keeps them as inputs.
+            renamed: New names of its state.
+        """
+        self.added = values = {}
+        inputs = None if given is None else iter(given)
+        handed: list[Any] = []
         for node in graph.nodes:
-            if node.op == "placeholder" and number:
+            if node.op == "placeholder" and inputs is not None:
                 values[node] = next(inputs)
             elif node.op == "get_attr":
-                name = renamed[number].get(str(node.target), str(node.target))
-                if name not in states:
-                    states[name] = joined.node_copy(node)
-                    states[name].target = name
-                values[node] = states[name]
+                name = renamed.get(str(node.target), str(node.target))
+                if name not in self._states:
+                    self._states[name] = self._graph.node_copy(node)
+                    self._states[name].target = name
+                values[node] = self._states[name]
             elif node.target is aten.copy_.default:
-                writes.append((node, values))
+                self._writes.append((node, values))
             elif node.op == "output":
                 handed = list(fx.map_arg(node.args[0], values.__getitem__))
-                closing = node
+                self._closing = node.meta
             else:
-                values[node] = joined.node_copy(node, values.__getitem__)
-    for write, values in writes:
-        joined.node_copy(write, values.__getitem__)
-    joined.output(tuple(handed)).meta.update(closing.meta)
-    drop_dead(joined)
-    return joined
+                values[node] = self._graph.node_copy(node, values.__getitem__)
+        return handed
+
+    def close(self, outputs: Sequence[Any]) -> fx.Graph:
+        """The graph, with writes of buffers at its end."""
+        for write, values in self._writes:
+            self._graph.node_copy(write, values.__getitem__)
+        self._graph.output(tuple(outputs)).meta.update(self._closing)
+        drop_dead(self._graph)
+        return self._graph
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
+from typer.testing import CliRunner, Result
 
 import graphsplit as gs
 from graphsplit.analysis import Analysis
 from graphsplit.analysis.inference import operands
+from graphsplit.cli import app
 from graphsplit.emission import random_state
 from graphsplit.plan import StatePlan
 from graphsplit.program import Program, check, op_name
@@ -331,3 +333,8 @@ def script(name: str) -> ModuleType:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+def run(*arguments: object) -> Result:
+    """Run a command line in this process."""
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])

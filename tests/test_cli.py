@@ -14,7 +14,7 @@ import torch
 import typer.main
 from safetensors.torch import load_file, save_file
 from torch import nn
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 import graphsplit as gs
 from graphsplit import bundle as bundles
@@ -22,7 +22,7 @@ from graphsplit.bundle import PartitionBundle, load
 from graphsplit.cli import app, console, root
 from graphsplit.loading import load_model
 from graphsplit.program import Program
-from laws import EXAMPLES, script
+from laws import EXAMPLES, run, script
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -51,11 +51,6 @@ model = Net()
 example_inputs = torch.randn(2, 8)
 """
 )
-
-
-def run(*arguments: object) -> Result:
-    """Run a command line."""
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture
@@ -648,7 +643,7 @@ def test_an_interrupt_leaves_nothing_half_written(
     done = run("partition", folder / "model.py", "-o", tmp_path / "deep" / "out", "--no-verify")
     assert done.exit_code == 130 and "interrupted" in done.stderr and done.stdout == ""
     assert listing(tmp_path) == []
-    monkeypatch.setattr("graphsplit.onnx_export.verify_file", interrupt)
+    monkeypatch.setattr("graphsplit.onnx_export._verify_file", interrupt)
     done = run("export", folder / "model.py", "-o", tmp_path / "onnx")
     assert done.exit_code == 130
     assert listing(tmp_path) == []
@@ -662,7 +657,7 @@ def test_a_bug_is_called_a_bug(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("the unexpected")
 
-    monkeypatch.setattr("graphsplit.cli.common.load_model", fail)
+    monkeypatch.setattr("graphsplit.cli.opening.load_model", fail)
     done = run("inspect", folder / "model.py")
     assert done.exit_code == 70 and "a bug in graphsplit: RuntimeError: the unexpected" in done.stderr
     assert "Traceback" not in done.stderr and "--verbose" in done.stderr

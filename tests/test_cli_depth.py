@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner, Result
 
 import graphsplit as gs
-from graphsplit.cli import app
+from laws import run
 
 GOOD = """
 import torch
@@ -36,11 +35,6 @@ example_inputs = torch.randn(2, 8)
 """
 
 
-def run(*arguments: object) -> Result:
-    """Run a command line."""
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     path = tmp_path / "model.py"
@@ -62,7 +56,7 @@ def test_critics_write_what_can_be_trained(model: Path, tmp_path: Path) -> None:
     ]
     assert local.step(torch.randn(4, 8), torch.randint(0, 4, (4,))).loss > 0
     again = run("verify", tmp_path / "out")
-    assert again.exit_code == 0 and "in 3 layer groups" in again.stdout
+    assert again.exit_code == 0 and ", 3 layer groups" in again.stdout
     data = json.loads(run("verify", tmp_path / "out", "--json").stdout)
     assert data["certificate"]["ok"] and data["n"] == 3
 
@@ -85,6 +79,29 @@ def test_sil_writes_parts_and_says_what_they_take(model: Path, tmp_path: Path) -
     assert torch.equal(halves.points[0], gs.synthetic_halves(
         torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4)), torch.randn(2, 8),
         at="2", labels=gs.train.Labels(4, noise=0.3)).points[0])  # fmt: skip
+
+
+def test_a_bundle_is_drawn_with_groups_and_critics(model: Path, tmp_path: Path) -> None:
+    run("critics", model, "--at", "body", "--at", "head", "--no-verify", "-o", tmp_path / "out")
+    done = run("draw", tmp_path / "out", "-o", tmp_path / "net.svg")
+    assert done.exit_code == 0, done.stderr
+    figure = (tmp_path / "net.svg").read_text()
+    assert "divided by depth into 3 layer groups with local critics" in figure
+    assert "critic_0" in figure and "critic_1" in figure and "critic_2" not in figure
+    wrong = run("draw", tmp_path / "out", "-k", 2, "-o", tmp_path / "other.svg")
+    assert wrong.exit_code == 2 and "-k is for partitions" in wrong.stderr
+
+
+@pytest.mark.slow
+def test_a_bundle_is_exported(model: Path, tmp_path: Path) -> None:
+    run("critics", model, "--no-verify", "-o", tmp_path / "out")
+    done = run("export", tmp_path / "out", "-o", tmp_path / "onnx", "--json")
+    assert done.exit_code == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["n"] == 2 and all(row["ok"] for row in report["onnx"])
+    assert set(report["written"]["files"]) == {
+        "group_0.onnx", "group_1.onnx", "submodel_0.onnx", "submodel_1.onnx", "anytime.onnx"
+    }  # fmt: skip
 
 
 @pytest.mark.slow

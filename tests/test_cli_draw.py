@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
 
-from graphsplit.cli import app
+from laws import run
 
 GOOD = """
 import torch
@@ -17,11 +16,6 @@ model = nn.Sequential(nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.ReLU(
 other = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 4))
 example_inputs = torch.randn(2, 8)
 """
-
-
-def run(*arguments: object) -> Result:
-    """Run a command line."""
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture

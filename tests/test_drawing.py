@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import graphsplit as gs
 from graphsplit.drawing import Outline, figure, outline, page
+from graphsplit.drawing.division import LOOKS, ByWidth
 from graphsplit.drawing.layout import PAD, Placed, grid, place
 from graphsplit.drawing.outline import Box
 from graphsplit.drawing.svg import colour, drawing, open_boxes
@@ -68,13 +69,13 @@ def part() -> gs.Partition:
 
 @pytest.fixture(scope="module")
 def drawn(part: gs.Partition) -> Outline:
-    return outline(part.program, part.analysis)
+    return outline(*part.drawn())
 
 
 @pytest.fixture(scope="module")
 def unet() -> Outline:
     divided = gs.partition(vision.UNet(), torch.randn(2, 3, 32, 32), k=2)
-    return outline(divided.program, divided.analysis)
+    return outline(*divided.drawn())
 
 
 def leaves(box: Box) -> list[Box]:
@@ -157,7 +158,7 @@ def test_details_hold_shapes_parameters_and_the_line(drawn: Outline) -> None:
 
 def test_shares_follow_the_sizes() -> None:
     divided = gs.partition(nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2)), torch.randn(2, 4), k=2)
-    (first, *_) = find(outline(divided.program, divided.analysis).root, "0")
+    (first, *_) = find(outline(*divided.drawn()).root, "0")
     assert first.bands[0].shares == (0.6, 0.4)
 
 
@@ -325,7 +326,7 @@ def nasty(part: gs.Partition) -> gs.Program:
 
 def test_text_is_never_markup() -> None:
     divided = gs.partition(Net(), torch.randint(0, 11, (2, 5)), k=2)
-    drawn = outline(nasty(divided), divided.analysis)
+    drawn = outline(nasty(divided), ByWidth(divided.analysis))
     tree = ET.fromstring(figure(drawn))
     assert {element.tag.split("}")[1] for element in tree.iter()} <= {
         *("svg", "style", "rect", "text", "tspan", "g", "path", "title")
@@ -344,7 +345,7 @@ def test_equal_models_give_equal_bytes(draw: object) -> None:
     def text() -> str:
         torch.manual_seed(0)
         divided = gs.partition(Net(), torch.randint(0, 11, (2, 5)), k=2)
-        return draw(outline(divided.program, divided.analysis))  # type: ignore[operator,no-any-return]
+        return draw(outline(*divided.drawn()))  # type: ignore[operator,no-any-return]
 
     assert text() == text()
 
@@ -358,7 +359,7 @@ def test_nothing_is_fetched(drawn: Outline) -> None:
 
 def test_parts_have_numbers_beside_colours(part: gs.Partition) -> None:
     divided = gs.partition(part.program, k=4)
-    text = page(outline(divided.program, divided.analysis))
+    text = page(outline(*divided.drawn()))
     for number in range(4):
         assert f">{number}</text>" in text and colour(number) in text
     assert len({colour(number) for number in range(64)}) == 64
@@ -453,3 +454,36 @@ def test_the_script_places_boxes_as_the_file_does(drawn: Outline, tmp_path: Path
     wanted = numbers("".join(drawing(placed, details=False)))
     assert len(wanted) > 300
     assert numbers(shown) == pytest.approx(wanted, abs=0.11)
+
+
+def test_groups_and_critics_have_their_colours() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    local = gs.local_critics(model, torch.randn(4, 6), at=["2", "4"])
+    drawn = outline(*local.drawn())
+    groups = [program.parameter_count() for program in local.groups.programs]
+    critics = [local.critic_program(number).parameter_count() for number in range(2)]
+    assert drawn.held == (groups[0] + critics[0], groups[1] + critics[1], groups[2])
+    assert drawn.parameters == sum(groups) + sum(critics)
+    (critic,) = find(drawn.root, "critic_1.0")
+    assert [(band.look, band.shares) for band in critic.bands] == [("critic", (0.0, 1.0, 0.0))]
+    assert f"{critics[1]:,} in group 1" in "\n".join(critic.details)
+    (linear,) = find(drawn.root, "4")
+    assert [(band.look, band.shares) for band in linear.bands] == [("group", (0.0, 0.0, 1.0))]
+    assert [box.name for box in leaves(drawn.root) if box.role == "output"][1:] == [
+        "scores of critic 0", "scores of critic 1"
+    ]  # fmt: skip
+    text = page(drawn)
+    assert "<h2>Groups</h2>" in text and LOOKS["critic"] in text
+
+
+def test_layer_groups_are_drawn_without_critics(tmp_path: Path) -> None:
+    groups = gs.layer_groups(
+        nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(4, 6), at=["2"]
+    )
+    gs.draw(groups, tmp_path / "net.html")
+    text = (tmp_path / "net.html").read_text()
+    assert (
+        "divided by depth into 2 layer groups" in text
+        and "critic" not in text.split("</header>")[1].split("<script")[0]
+    )
+    assert "<svg" in groups._repr_html_()

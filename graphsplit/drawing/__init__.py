@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from graphsplit.analysis import Analysis
+from graphsplit.drawing.division import Division
 from graphsplit.drawing.outline import Outline, outline
 from graphsplit.drawing.page import page
 from graphsplit.drawing.svg import figure
@@ -31,12 +31,12 @@ def check_suffix(path: Path) -> None:
         )
 
 
-def draw(program: Program, analysis: Analysis | None, path: Path, depth: int | None = None) -> str:
+def draw(program: Program, division: Division | None, path: Path, depth: int | None = None) -> str:
     """The text of a figure, in the format that the name of the file asks for.
 
     Args:
         program: What to draw.
-        analysis: Its division, for colours.
+        division: Its parts, for colours.
         path: Where the figure will stand; nothing is written.
         depth: How many levels of modules are open.
 
@@ -46,10 +46,10 @@ def draw(program: Program, analysis: Analysis | None, path: Path, depth: int | N
     check_suffix(path)
     if depth is not None and depth < 0:
         raise UserError(f"the depth of the figure is {depth}, expected 0 or more")
-    return SUFFIXES[path.suffix.lower()](outline(program, analysis), depth)
+    return SUFFIXES[path.suffix.lower()](outline(program, division), depth)
 
 
-def snippet(program: Program, analysis: Analysis | None = None) -> str:
+def snippet(program: Program, division: Division | None = None) -> str:
     """A figure for a notebook: few boxes are open, and it scrolls."""
-    picture = figure(outline(program, analysis), budget=OVERVIEW)
+    picture = figure(outline(program, division), budget=OVERVIEW)
     return f'<div style="max-height: 640px; overflow: auto">{picture}</div>'

@@ -12,33 +12,18 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-import numpy as np
 from torch import fx
 
-from graphsplit.analysis import Analysis
 from graphsplit.analysis.inference import output_nodes
-from graphsplit.analysis.kinds import Kind, layouts_of
-from graphsplit.analysis.layout import Layout
-from graphsplit.plan import StatePlan
+from graphsplit.drawing.division import LOOKS, Division, Look
 from graphsplit.program import TRAINING, Program, TensorMeta, op_name, source_of
 from graphsplit.report import batch_symbol, input_values, op_label, output_values
 
 Role = Literal["input", "output", "op", "move", "module", "alike"]
-Look = Literal["split", "apart", "own", "mean", "common"]
-
-LOOKS: dict[Look, str] = {
-    "split": "each sub-model has a slice",
-    "apart": "each sub-model has a slice; a merge computes the op once for each of them",
-    "own": "each sub-model has a value of its own",
-    "mean": "the mean over the sub-models",
-    "common": "the same in all sub-models",
-}
-"""What a result can be to the sub-models, in the order in which a box shows it."""
-
 MOVES = {
     "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "permute", "transpose", "t", "expand",
     "alias", "clone", "contiguous", "to", "slice", "select", "split", "split_with_sizes", "chunk", "unbind",
@@ -52,7 +37,7 @@ ALIKE = 3
 
 @dataclass(frozen=True)
 class Band:
-    """What ``ops`` results are to the sub-models; ``shares`` of each sub-model, of one."""
+    """What ``ops`` results are to the parts; ``shares`` of each part, of one."""
 
     look: Look
     ops: int
@@ -89,8 +74,8 @@ class Box:
         last: Number of its last op.
         shape: Of its result, where it is an op.
         parameters: Number of scalars in parameters; those that an op before it has used already are left out.
-        held: The same for each sub-model.
-        bands: What its results are to the sub-models; none without a division.
+        held: The same for each part.
+        bands: What its results are to the parts; none without a division.
         details: Everything that is known of it, line by line.
         children: What it holds.
         nets: How values go between them.
@@ -124,7 +109,9 @@ class Outline:
     Attributes:
         model: Name of the model.
         parameters: Number of scalars in parameters.
-        held: The same for each sub-model; empty without a division.
+        held: The same for each part; empty without a division.
+        title: What the parts are and how they were made.
+        part: What a part is called.
         root: The model.
         notes: What a reader has to know.
     """
@@ -132,19 +119,21 @@ class Outline:
     model: str
     parameters: int
     held: tuple[int, ...]
+    title: str
+    part: str
     root: Box
     notes: tuple[str, ...]
 
     @property
     def k(self) -> int:
-        """Number of sub-models, 0 without a division."""
+        """Number of parts, 0 without a division."""
         return len(self.held)
 
 
-def outline(program: Program, analysis: Analysis | None = None) -> Outline:
-    """The ops of a program nested by module, with what each is to the sub-models of a division."""
-    leaves = _Leaves(program, analysis)
-    root = _module((), leaves.boxes, _Uses(leaves.uses))
+def outline(program: Program, division: Division | None = None) -> Outline:
+    """The ops of a program nested by module, with what each is to the parts of a division."""
+    leaves = _Leaves(program, division)
+    root = _module((), leaves.boxes, _Model(leaves.uses, division))
     notes = list(program.notes)
     if program.branches_on_training:
         notes.append("training takes another way through the model's Python; drawn is evaluation")
@@ -158,7 +147,9 @@ def outline(program: Program, analysis: Analysis | None = None) -> Outline:
     return Outline(
         program.name,
         program.parameter_count(),
-        () if analysis is None else analysis.plan.parameter_counts(),
+        () if division is None else division.held,
+        "" if division is None else division.title,
+        "" if division is None else division.part,
         replace(root, path="", name=program.name),
         tuple(notes),
     )
@@ -177,16 +168,13 @@ class _Leaves:
     """
 
     program: Program
-    analysis: Analysis | None
+    division: Division | None
     boxes: list[Box] = field(default_factory=list)
     uses: list[list[int]] = field(default_factory=list)
     seen: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._batch = batch_symbol(self.program)
-        self._plans: Mapping[str, StatePlan] = (
-            {} if self.analysis is None else {plan.name: plan for plan in self.analysis.plan.state}
-        )
         self._numbers: dict[fx.Node, int] = {}
         graph = self.program.graph()
         live = _live(graph)
@@ -209,7 +197,7 @@ class _Leaves:
         operands = _operands(node) if inner else [_giver(node)] if role == "output" else []
         state = [operand for operand in operands if operand.op == "get_attr"] if inner else []
         numbers = [self._numbers[operand] for operand in operands if operand in self._numbers]
-        counts, lines = self._state(state, name, source.module)
+        counts, lines = self._state(node, state)
         path = source.module if inner else ""
         title = f"{name} in {path}" if path else name if inner else f"{note} {name}"
         details = [title, *self._looks(node), *self._results(node)]
@@ -240,7 +228,7 @@ class _Leaves:
         return f"{box.name} {box.shape}"
 
     def _shape(self, meta: TensorMeta, local: tuple[int, ...] | None = None) -> str:
-        """``[batch, 64, 56, 56]``, or the sizes in a sub-model."""
+        """``[batch, 64, 56, 56]``, or the sizes in a part."""
         sizes = []
         for dim, given in zip(meta.dims, local or meta.shape, strict=True):
             sizes.append(str(given) if given != dim.hint or dim.symbol is None else self._symbol(dim.symbol))
@@ -256,91 +244,54 @@ class _Leaves:
     def _symbol(self, symbol: str) -> str:
         return symbol if self._batch is None else re.sub(rf"\b{self._batch}\b", "batch", symbol)
 
-    def _look(self, node: fx.Node) -> Look:
-        assert self.analysis is not None
-        kinds = self.analysis.kinds
-        if kinds.kind[node] is Kind.SPLIT and node in kinds.apart:
-            return "apart"
-        return _LOOK_OF[kinds.kind[node]]
-
     def _bands(self, node: fx.Node) -> tuple[Band, ...]:
-        if self.analysis is None:
+        if self.division is None:
             return ()
-        k = self.analysis.k
-        sizes = [1.0] * k
-        active = next((x for x in layouts_of(self.analysis.kinds, node) if x.active), None)
-        if active is not None:
-            sizes = [float(np.prod(active.local_shape(part))) for part in range(k)]
-        total = sum(sizes) or 1.0
-        return (Band(self._look(node), 1, tuple(size / total for size in sizes)),)
+        return (Band(self.division.look(node), 1, self.division.shares(node)),)
 
     def _looks(self, node: fx.Node) -> Iterator[str]:
-        if self.analysis is not None:
-            look = self._look(node)
+        if self.division is not None:
+            look = self.division.look(node)
             yield f"{look}: {LOOKS[look]}"
 
     def _results(self, node: fx.Node) -> Iterator[str]:
-        layouts: Sequence[Layout | None] = (
-            [] if self.analysis is None else layouts_of(self.analysis.kinds, node)
-        )
         metas = _tensors(node)
-        padded = layouts if len(layouts) == len(metas) else [None] * len(metas)
-        for meta, layout in zip(metas, padded, strict=True):
+        local = [] if self.division is None else self.division.local_shapes(node)
+        padded = local if len(local) == len(metas) else [None] * len(metas)
+        for meta, shapes in zip(metas, padded, strict=True):
             text = f"{str(meta.dtype).removeprefix('torch.')}{self._shape(meta)}"
-            if layout is not None and layout.active and self.analysis is not None:
-                shapes = [self._shape(meta, layout.local_shape(part)) for part in range(self.analysis.k)]
-                text += f"; {_each(shapes)}"
+            if shapes is not None and self.division is not None:
+                text += f"; {self.division.each([self._shape(meta, shape) for shape in shapes])}"
             yield text
 
-    def _state(self, nodes: Sequence[fx.Node], name: str, module: str) -> tuple[list[int], list[str]]:
-        """Scalars in parameters seen for the first time, in all and for each sub-model; and lines."""
-        k = 0 if self.analysis is None else self.analysis.k
-        counts = [0] * (k + 1)
+    def _state(self, user: fx.Node, nodes: Sequence[fx.Node]) -> tuple[list[int], list[str]]:
+        """Scalars in parameters seen for the first time, in all and for each part; and lines."""
+        counts = [0] * (1 + (0 if self.division is None else self.division.k))
         lines = []
+        module = source_of(user).module
         for node in nodes:
             entry = self.program.state[str(node.target)]
-            shape = list(entry.tensor.shape)
-            text = f"{entry.kind} {entry.name} {shape}"
-            plan = self._plans.get(entry.name)
-            if plan is not None and any(cut is not None for cut in plan.cuts):
-                text += f"; {_each([str(list(plan.local_shape(part))) for part in range(k)])}"
-            elif plan is not None and plan.merge == "stack":
-                text += "; a copy of its own in each sub-model"
+            held, words = ((), "") if self.division is None else self.division.state(entry, user)
+            text = f"{entry.kind} {entry.name} {list(entry.tensor.shape)}"
+            text += f"; {words}" if words else ""
             if entry.aliases:
                 text += f"; tied to {', '.join(entry.aliases)}"
             if entry.kind == "parameter":
                 if entry.name in self.seen:
                     text += f"; counted where it is used first, {self.seen[entry.name]}"
                 else:
-                    self.seen[entry.name] = f"{name} in {module}" if module else name
-                    counts[0] += entry.tensor.numel()
-                    for part in range(k):
-                        assert plan is not None
-                        counts[part + 1] += int(np.prod(plan.local_shape(part), dtype=np.int64))
+                    label = op_label(user)
+                    self.seen[entry.name] = f"{label} in {module}" if module else label
+                    found = (entry.tensor.numel(), *held)
+                    counts = [count + more for count, more in zip(counts, found, strict=True)]
             lines.append(text)
-        return counts, [*_counts(counts[0], counts[1:]), *lines]
+        return counts, [*_counts(counts[0], counts[1:], self.division), *lines]
 
 
-_LOOK_OF: dict[Kind, Look] = {
-    Kind.SPLIT: "split", Kind.OWN: "own", Kind.MEAN: "mean", Kind.COMMON: "common"
-}  # fmt: skip
-
-
-def _counts(full: int, held: Sequence[int]) -> Iterator[str]:
+def _counts(full: int, held: Sequence[int], division: Division | None) -> Iterator[str]:
     if full:
-        yield f"{full:,} parameters" + (f"; {_each([f'{n:,}' for n in held])}" if held else "")
-
-
-def _each(texts: Sequence[str]) -> str:
-    """``in sub-models 0 to 2 a, in 3 b`` for a value of each sub-model."""
-    if len(texts) > 1 and len(set(texts)) == 1:
-        return f"in each sub-model {texts[0]}"
-    runs = []
-    for text, group in itertools.groupby(range(len(texts)), lambda part: texts[part]):
-        parts = list(group)
-        span = f"{parts[0]}" if len(parts) == 1 else f"{parts[0]} to {parts[-1]}"
-        runs.append(f"in {span} {text}")
-    return ", ".join(runs).replace("in ", "in sub-model ", 1)
+        words = "" if division is None else f"; {division.counts(held)}"
+        yield f"{full:,} parameters{words}"
 
 
 def _live(graph: fx.Graph) -> set[fx.Node]:
@@ -382,31 +333,32 @@ def _short(file: str) -> str:
 # Modules
 
 
-class _Uses:
-    """Which values an op uses, and which is the last op to use its own."""
+class _Model:
+    """What is known of the whole model: which values an op uses, which is the last op to use its own."""
 
-    def __init__(self, uses: Sequence[Sequence[int]]) -> None:
-        self.of = uses
+    def __init__(self, uses: Sequence[Sequence[int]], division: Division | None) -> None:
+        self.uses = uses
         self.last = {value: number for number, values in enumerate(uses) for value in values}
+        self.division = division
 
 
-def _module(path: tuple[str, ...], leaves: Sequence[Box], uses: _Uses) -> Box:
+def _module(path: tuple[str, ...], leaves: Sequence[Box], model: _Model) -> Box:
     """The box of a module; that of its only child where it has one, unless it is the model."""
     depth = len(path)
     children: list[Box] = []
     parts = [tuple(leaf.path.split(".")) if leaf.path else () for leaf in leaves]
     for inner, group in itertools.groupby(range(len(leaves)), lambda i: parts[i][: depth + 1]):
         inside = [leaves[i] for i in group]
-        children += inside if len(inner) == depth else [_module(inner, inside, uses)]
+        children += inside if len(inner) == depth else [_module(inner, inside, model)]
     if path and len(leaves) == 1 and parts[0] == path:
         return replace(leaves[0], role="op", name=path[-1], note=leaves[0].name)
-    children = _gathered(".".join(path), children, uses)
+    children = _gathered(".".join(path), children, model)
     if path and len(children) == 1:
         return children[0]
-    return _around("module", ".".join(path), path[-1] if path else "", children, uses)
+    return _around("module", ".".join(path), path[-1] if path else "", children, model)
 
 
-def _around(role: Role, path: str, name: str, children: Sequence[Box], uses: _Uses, note: str = "") -> Box:
+def _around(role: Role, path: str, name: str, children: Sequence[Box], model: _Model, note: str = "") -> Box:
     """A box that holds others."""
     children = [_named(child, path) for child in children]
     children = [_again(child, children[:position]) for position, child in enumerate(children)]
@@ -422,9 +374,9 @@ def _around(role: Role, path: str, name: str, children: Sequence[Box], uses: _Us
         parameters=parameters,
         held=held,
         bands=bands,
-        details=(path, note, *lines, *_counts(parameters, held)),
+        details=(path, note, *lines, *_counts(parameters, held, model.division)),
         children=tuple(children),
-        nets=_nets(children, uses),
+        nets=_nets(children, model),
     )  # fmt: skip
 
 
@@ -461,16 +413,16 @@ def _bands(leaves: Sequence[Box]) -> tuple[Band, ...]:
     return tuple(found)
 
 
-def _nets(children: Sequence[Box], uses: _Uses) -> tuple[Net, ...]:
+def _nets(children: Sequence[Box], model: _Model) -> tuple[Net, ...]:
     """The values that come in, go between children, or go out, in the order of the ops that give them."""
     first, last = children[0].first, children[-1].last
     owner = {number: i for i, child in enumerate(children) for number in range(child.first, child.last + 1)}
     ends: dict[int, dict[int, None]] = {}
     for number in range(first, last + 1):
-        for value in uses.of[number]:
+        for value in model.uses[number]:
             if owner.get(value) != owner[number]:
                 ends.setdefault(value, {})[owner[number]] = None
-    outside = {value for value in owner if uses.last.get(value, last) > last}
+    outside = {value for value in owner if model.last.get(value, last) > last}
     return tuple(
         Net(value, owner.get(value), tuple(sorted(ends.get(value, ()))), value in outside)
         for value in sorted(ends.keys() | outside)
@@ -480,22 +432,22 @@ def _nets(children: Sequence[Box], uses: _Uses) -> tuple[Net, ...]:
 # Modules that are alike
 
 
-def _gathered(path: str, children: Sequence[Box], uses: _Uses) -> list[Box]:
+def _gathered(path: str, children: Sequence[Box], model: _Model) -> list[Box]:
     """Runs of modules that are alike in one box each."""
     result: list[Box] = []
-    keys = [_likeness(child, uses) for child in children]
+    keys = [_likeness(child, model) for child in children]
     for key, group in itertools.groupby(range(len(children)), lambda i: keys[i]):
         run = [children[i] for i in group]
         if key is None or len(run) < ALIKE:
             result += run
         else:
-            box = _around("alike", path, "", run, uses, f"{len(run)} alike")
+            box = _around("alike", path, "", run, model, f"{len(run)} alike")
             title = f"{run[0].path} to {run[-1].path}"
             result.append(replace(box, path=run[0].path, details=(title, *box.details[1:])))
     return result
 
 
-def _likeness(box: Box, uses: _Uses) -> Any:
+def _likeness(box: Box, model: _Model) -> Any:
     """What is equal for modules that do the same with other weights; None for what is no module."""
     if not box.children:
         return None
@@ -504,7 +456,7 @@ def _likeness(box: Box, uses: _Uses) -> Any:
     for leaf in box.boxes():
         if not leaf.children:
             inside = tuple(
-                leaf.first - value if value >= box.first else None for value in uses.of[leaf.first]
+                leaf.first - value if value >= box.first else None for value in model.uses[leaf.first]
             )
             state = leaf.parameters, leaf.held
             rows.append((leaf.path[start:], leaf.name, leaf.note, leaf.shape, leaf.bands, state, inside))

@@ -8,6 +8,7 @@ import json
 from importlib import resources
 from typing import Any
 
+from graphsplit.drawing.division import LOOKS
 from graphsplit.drawing.layout import (
     CARD,
     GAP,
@@ -21,7 +22,7 @@ from graphsplit.drawing.layout import (
     head_width,
     place,
 )
-from graphsplit.drawing.outline import LOOKS, Box, Outline
+from graphsplit.drawing.outline import Box, Outline
 from graphsplit.drawing.svg import (
     STYLE,
     drawing,
@@ -97,7 +98,7 @@ def _aside(outline: Outline) -> str:
     lines = [f'<section id="details" aria-live="polite"><pre>{hint}</pre></section>']
     if outline.k:
         rows = [(part_sample(part), f"{words} parameters") for part, words in parts(outline)]
-        lines.append(f"<h2>Sub-models</h2>{_list(rows)}")
+        lines.append(f"<h2>{outline.part.capitalize()}s</h2>{_list(rows)}")
         rows = [(sample(look, outline.k), f"{look}: {LOOKS[look]}") for look in looks(outline)]
         lines.append(f"<h2>Results</h2>{_list(rows)}")
     lines += [f"<p>{text(note)}</p>" for note in outline.notes]

@@ -12,8 +12,9 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from graphsplit.drawing.division import LOOKS, Look
 from graphsplit.drawing.layout import GAP, HEAD, PAD, Placed, card_size, place
-from graphsplit.drawing.outline import LOOKS, Band, Box, Look, Outline
+from graphsplit.drawing.outline import Band, Box, Outline
 
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")
 """Told apart by people with any kind of colour vision (Okabe & Ito, 2008)."""
@@ -197,7 +198,7 @@ def _band(band: Band, x: float, y: float, width: float, height: float) -> Iterat
         if words and width > 32:
             yield f'<text x="{x + width / 2:.1f}" y="{y + height - 2.8:.1f}" class="word">mean</text>'
         y, height, words = y + height - 2, 2, False
-    gap = {"split": 0.0, "apart": 2.0, "own": 4.0, "mean": 0.0}[band.look]
+    gap = {"apart": 2.0, "own": 4.0}.get(band.look, 0.0)
     room = width - gap * (len(band.shares) - 1)
     if room < len(band.shares):
         gap, room = 0.0, width
@@ -205,7 +206,7 @@ def _band(band: Band, x: float, y: float, width: float, height: float) -> Iterat
         wide = room * share
         if wide > 0:
             word = f"{part}" if words and wide >= 4 + 5.6 * len(f"{part}") else ""
-            rounded = f' rx="{height / 2:g}"' if band.look == "own" else ""
+            rounded = f' rx="{height / 2:g}"' if band.look in ("own", "critic") else ""
             yield _cell(x, y, wide, height, colour(part), word, rounded)
         x += wide + gap
 
@@ -252,7 +253,7 @@ def _heading(outline: Outline) -> tuple[list[str], float, float]:
 def summary(outline: Outline) -> str:
     """Size and division in one line."""
     size = f"{outline.parameters:,} parameters"
-    return f"{size}, divided by width into {outline.k} sub-models" if outline.k else size
+    return f"{size}, {outline.title}" if outline.k else size
 
 
 def parts(outline: Outline) -> list[tuple[int, str]]:

@@ -1,0 +1,247 @@
+"""Opening what the user names: a model or a bundle, divided by width or by depth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+from torch import Tensor
+
+from graphsplit import exports
+from graphsplit._api import Partition, from_bundle, partition
+from graphsplit._layer_groups import LayerGroups
+from graphsplit.bundle import DepthBundle, PartitionBundle, Saved, load
+from graphsplit.cli.common import Start, Who
+from graphsplit.cli.console import Progress
+from graphsplit.drawing.division import Division
+from graphsplit.errors import BundleError, PartitionError
+from graphsplit.loading import load_model
+from graphsplit.program import Program
+from graphsplit.verification import Certificate
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A model or bundle as the user named it; ``allow_meta`` where weights are not needed."""
+
+    target: str
+    k: int | None = None
+    entry: str | None = None
+    inputs: Sequence[str] | None = None
+    outputs: Sequence[str] | None = None
+    allow_meta: bool = False
+
+    @property
+    def is_bundle(self) -> bool:
+        """True for folders; all models are files or names."""
+        return Path(self.target).is_dir()
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a model is divided, and what the sub-models start with."""
+
+    shares: tuple[float, ...] | None = None
+    strategy: Who = Who.contiguous
+    fit: str | None = None
+    init: Start = Start.slice
+    seed: int = 0
+
+
+def parse_shares(text: str | None) -> tuple[float, ...] | None:
+    """The numbers of ``3,1``."""
+    if text is None:
+        return None
+    try:
+        return tuple(float(share) for share in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"--shares {text}: expected numbers, such as 3,1") from None
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A division by width, of a model or from a bundle.
+
+    Attributes:
+        partition: The division.
+        origin: Where it came from.
+        states: State tensors of the sub-models where a bundle holds them, else None.
+        example: The example inputs, where they are all by position or all by keyword.
+    """
+
+    partition: Partition
+    origin: str
+    states: list[Mapping[str, Tensor]] | None = None
+    example: Any = None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a report begins with."""
+        return {"origin": self.origin, "model": self.partition.plan.model, "k": self.partition.k}
+
+    @property
+    def words(self) -> str:
+        """The same as text."""
+        return f"{self.partition.plan.model} from {self.origin}, {self.partition.k} sub-models"
+
+    def drawn(self) -> tuple[Program, Division]:
+        """What a figure shows."""
+        return self.partition.drawn()
+
+    def exports(self, folder: Path) -> exports.Exports:
+        """The ONNX files that there can be."""
+        divided = self.partition
+        pieces = divided.programs
+        if self.states is not None:
+            pieces = tuple(
+                program.with_state({name: state[name] for name in program.state if name in state})
+                for program, state in zip(pieces, self.states, strict=True)
+            )
+        return exports.of_partition(pieces, divided.merged_program(self.states), folder, self.example)
+
+    def verify(self) -> Certificate:
+        """The source of a bundle has no weights: the plain merge of those of the sub-models stands for it."""
+        divided = self.partition
+        if self.states is None:
+            return divided.verify()
+        full = divided.merged_program(self.states, duplicate=False)
+        return partition(full, plan=divided.plan).verify(self.states)
+
+
+@dataclass(frozen=True)
+class OpenedDepth:
+    """A division by depth.
+
+    Attributes:
+        divided: The division.
+        origin: Where it came from.
+        example: The example inputs, where they are all by position or all by keyword.
+    """
+
+    divided: exports.Depth
+    origin: str
+    example: Any = None
+
+    @property
+    def groups(self) -> LayerGroups:
+        """The layer groups."""
+        return self.divided if isinstance(self.divided, LayerGroups) else self.divided.groups
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a report begins with."""
+        return {"origin": self.origin, "model": self.groups.plan.model, "n": self.groups.n}
+
+    @property
+    def words(self) -> str:
+        """The same as text."""
+        return f"{self.groups.plan.model} from {self.origin}, {self.groups.n} layer groups"
+
+    def drawn(self) -> tuple[Program, Division]:
+        """What a figure shows."""
+        return self.divided.drawn()
+
+    def exports(self, folder: Path) -> exports.Exports:
+        """The ONNX files that there can be."""
+        return exports.of_depth(self.divided, folder, self.example)
+
+    def verify(self) -> Certificate:
+        """That the groups are the model."""
+        return self.groups.verify()
+
+
+def open_model(asked: Asked, progress: Progress, options: Options | None = None) -> Opened:
+    """Load, trace and analyse a model."""
+    options = options or Options()
+    with progress.step("load"):
+        loaded = load_model(
+            asked.target, entry=asked.entry, inputs=asked.inputs or (), allow_meta=asked.allow_meta
+        )
+    with progress.step("trace and analyse"):
+        divided = partition(
+            loaded.model,
+            loaded.args,
+            loaded.kwargs,
+            k=asked.k,
+            shares=options.shares,
+            strategy=options.strategy.value,
+            fit=options.fit,
+            init=options.init.value,
+            seed=options.seed,
+            outputs=asked.outputs or loaded.outputs,
+        )
+    return Opened(divided, asked.target, example=loaded.example)
+
+
+def open_any(asked: Asked, progress: Progress) -> Opened | OpenedDepth:
+    """The division of a bundle, by width or by depth, or of a model."""
+    if not asked.is_bundle:
+        return open_model(asked, progress)
+    bundle = _read_any(asked, progress)
+    if not isinstance(bundle, DepthBundle):
+        return open_partition(asked, bundle, progress)
+    if asked.k is not None:
+        raise typer.BadParameter(f"-k is for partitions, and {asked.target} holds layer groups")
+    with progress.step("open"):
+        return OpenedDepth(from_bundle(bundle), asked.target)
+
+
+def open_either(asked: Asked, progress: Progress, options: Options | None = None) -> Opened:
+    """The division of a bundle, or of a model."""
+    if not asked.is_bundle:
+        return open_model(asked, progress, options)
+    if options not in (None, Options()):
+        raise typer.BadParameter(
+            "--shares, --strategy, --fit and --seed are for models; a bundle is divided already"
+        )
+    return open_partition(asked, _read_any(asked, progress), progress)
+
+
+def _read_any(asked: Asked, progress: Progress) -> Saved:
+    """What a bundle holds; options that are for models are refused."""
+    if asked.entry or asked.inputs or asked.outputs:
+        raise typer.BadParameter(
+            "--entry, --input and --keep-output are for models; a bundle is traced already"
+        )
+    with progress.step("read"):
+        return load(asked.target)
+
+
+def open_partition(asked: Asked, bundle: Saved, progress: Progress) -> Opened:
+    """The division that a bundle holds."""
+    bundle = _as_partition(asked.target, bundle)
+    if asked.k not in (None, bundle.plan.k):
+        raise PartitionError(
+            f"{asked.target} is for K = {bundle.plan.k}",
+            hint=f"leave out -k, or partition the model for {asked.k}",
+        )
+    return open_bundle(bundle, asked.target, progress)
+
+
+def read_bundle(path: str, progress: Progress) -> PartitionBundle:
+    """A bundle that holds a partition."""
+    return _as_partition(path, _read_any(Asked(path), progress))
+
+
+def _as_partition(path: str, bundle: Saved) -> PartitionBundle:
+    if isinstance(bundle, PartitionBundle):
+        return bundle
+    what = "layer groups" if isinstance(bundle, DepthBundle) else "one program"
+    raise BundleError(
+        f"{path} holds {what} and no partition", hint="give a folder that `graphsplit partition` wrote"
+    )
+
+
+def open_bundle(bundle: PartitionBundle, path: str, progress: Progress) -> Opened:
+    """The division that a bundle holds."""
+    with progress.step("analyse"):
+        divided = partition(bundle.source, plan=bundle.plan)
+    return Opened(divided, path, [state_of(program) for program in bundle.submodels])
+
+
+def state_of(program: Program) -> dict[str, Tensor]:
+    """Every state tensor by name."""
+    return {name: entry.tensor for name, entry in program.state.items()}
