@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
+import torch.distributed as dist
 from torch import nn
 
 from graphsplit import costs
@@ -16,11 +18,14 @@ from graphsplit.depth.plan import Crossing, DepthPlan, GroupPlan, Measure, Tied
 from graphsplit.drawing import snippet
 from graphsplit.drawing.division import ByDepth, Division
 from graphsplit.emission import ProgramModule, emit
-from graphsplit.errors import PlanError
+from graphsplit.errors import PlanError, UserError
 from graphsplit.memory import parse_bytes
 from graphsplit.passes.layer_groups import divide, extract_group, join, join_exits
 from graphsplit.program import Program, TensorMeta, meta_of, source_of
 from graphsplit.verification import Certificate, Example, opened_model
+
+if TYPE_CHECKING:
+    from torch.distributed.pipelining import PipelineStage
 
 
 class LayerGroups:
@@ -131,6 +136,26 @@ class LayerGroups:
                 )
             found.append(program_of(module))
         return tuple(found)
+
+    def pipeline_stage(self, device: str | torch.device = "cpu") -> PipelineStage:
+        """This process's group for a schedule of torch.distributed.pipelining, which backpropagates.
+
+        One process for each group, in the order of their ranks, in a process group that is there already;
+        then ``ScheduleGPipe(groups.pipeline_stage(), chunks, loss_fn=loss)``.
+
+        Raises:
+            UserError: There is no process group, or one of another size.
+        """
+        from torch.distributed.pipelining import PipelineStage  # takes a second to import
+
+        size = dist.get_world_size() if dist.is_initialized() else 0
+        if size != self.n:
+            raise UserError(
+                f"{size} processes for {self.n} groups",
+                hint=f"start the script with torchrun --nproc-per-node={self.n} and call init_process_group",
+            )
+        rank = dist.get_rank()
+        return PipelineStage(self.modules[rank].to(device), rank, self.n, torch.device(device))
 
     def drawn(self, critics: Sequence[Program] = (), mains: Sequence[int] = ()) -> tuple[Program, Division]:
         """What a figure shows: the groups, and critics on the outputs ``mains`` of theirs."""

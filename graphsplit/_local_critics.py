@@ -99,9 +99,11 @@ class LocalCritics:
             main = self._output if last else (self.mains[number],)
             critic = None if last else self.critics[number]
             found.append(Stage(number, group, critic, main, self.loss, self._seed))
-        return LocalTraining(found, self._flatten, self.loss, self._seed)
+        output = _meta_of_output(self.groups.program, self._output[0])
+        return LocalTraining(found, self.flatten, self.loss, output, self._seed)
 
-    def _flatten(self, inputs: Any) -> Sequence[Any]:
+    def flatten(self, inputs: Any) -> Sequence[Any]:
+        """Values of the model's inputs, in order, of a tensor, a tuple of arguments or a mapping."""
         return self.groups.program.signature.flatten(*as_call(inputs, None))
 
     def configure(self, recipe: Recipe) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from graphsplit.errors import UserError
+from graphsplit.program import TensorMeta
 from graphsplit.train.local_processes import Chain
 from graphsplit.train.loop import (
     Batches,
@@ -28,6 +29,7 @@ from graphsplit.train.loop import (
     seed_epoch,
 )
 from graphsplit.train.losses import PerSample, checked
+from graphsplit.train.methods import LocalCriticTraining, Method, method_of
 from graphsplit.train.processes import process_group
 from graphsplit.train.stage import Learner, Recipe, Stage, diverged
 
@@ -115,25 +117,13 @@ class Watch:
 class InTurn:
     """All stages in this process, one after the other."""
 
-    def __init__(self, stages: Sequence[Stage]) -> None:
+    def __init__(self, stages: Sequence[Stage], method: Method) -> None:
         self.mine = stages
+        self._method = method
 
-    def train(self, values: Sequence[Any], targets: Any, step: int, *, update: bool = True) -> Tensor:
+    def train(self, values: Sequence[Any], targets: Any, step: int) -> Tensor:
         """Train on a batch."""
-        home = self.mine[-1].device
-        found = torch.zeros(2, len(self.mine), dtype=torch.float64, device=home)
-        for stage in self.mine:
-            passed = stage.forward(values, targets, step)
-            found[0, stage.number] = passed.losses.mean().to(home)
-            if stage.number:
-                before = self.mine[stage.number - 1]
-                found[1, before.number] = before.learn(passed.losses).to(home)
-                if update:
-                    before.learners[1].update()
-            if update:
-                stage.learners[0].update()
-            values = passed.handed
-        return found
+        return self._method.train(self.mine, values, targets, step)
 
     def finish(self) -> Tensor:
         """Nothing is open."""
@@ -168,7 +158,7 @@ Flatten = Callable[[Any], Sequence[Any]]
 
 
 class LocalTraining:
-    """Trains stages by local critics.
+    """Trains stages, by local critics or by another method.
 
     Attributes:
         stages: Each group with its critic.
@@ -176,17 +166,29 @@ class LocalTraining:
         recipe: How they are trained.
     """
 
-    def __init__(self, stages: Sequence[Stage], flatten: Flatten, loss: PerSample, seed: int) -> None:
+    def __init__(
+        self, stages: Sequence[Stage], flatten: Flatten, loss: PerSample, output: TensorMeta, seed: int
+    ) -> None:
         self.stages = list(stages)
         self.steps = 0
+        self._output = output
         self._flatten = flatten
         self._loss = loss
         self._seed = seed
         self.recipe = Recipe()
+        self._method = method_of(self.recipe.method)
 
     def configure(self, recipe: Recipe) -> None:
         """Choose optimizers, schedules, precision and clipping; states of earlier ones are dropped."""
+        method = method_of(recipe.method)
+        if recipe.amp == torch.float16 and not isinstance(method, LocalCriticTraining):
+            raise UserError(
+                f"{type(method).__name__} has no scaling of losses, which float16 needs",
+                hint="give amp=torch.bfloat16",
+            )
+        method.prepare(self.stages, self._output)
         self.recipe = recipe
+        self._method = method
         for stage in self.stages:
             stage.configure(recipe)
 
@@ -194,7 +196,8 @@ class LocalTraining:
         """One batch: gradients, and updates where they are wanted."""
         if update:
             self._configured()
-        found = InTurn(self.stages).train(self._flatten(inputs), targets, self.steps, update=update)
+        learn = self._method.train if update else self._method.gradients
+        found = learn(self.stages, self._flatten(inputs), targets, self.steps)
         self.steps += 1
         return LocalLosses(found[0], found[1, :-1])
 
@@ -240,8 +243,13 @@ class LocalTraining:
     @contextmanager
     def _runner(self, parallel: bool, queue: int) -> Iterator[InTurn | Chain]:
         if not parallel:
-            yield InTurn(self.stages)
+            yield InTurn(self.stages, self._method)
             return
+        if self._method.waits:
+            raise UserError(
+                f"{type(self._method).__name__} trains in one process, as groups need what those behind give",
+                hint="train by local critics, or leave out parallel",
+            )
         with process_group() as (rank, size):
             if size != len(self.stages):
                 raise UserError(
@@ -287,7 +295,7 @@ class LocalTraining:
         self, data: Batches, error: Metric | None, runner: InTurn | Chain | None = None
     ) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Loss, and error where one is given, of every sub-model; one pass over the data."""
-        runner = runner or InTurn(self.stages)
+        runner = runner or InTurn(self.stages, self._method)
         sums = torch.zeros(2, len(self.stages), dtype=torch.float64)
         examples = 0
         with torch.no_grad(), ExitStack() as modes:

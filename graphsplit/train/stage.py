@@ -31,6 +31,8 @@ from graphsplit.train.losses import PerSample, checked
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from graphsplit.train.methods import Method, MethodName
+
 CRITIC = 1 << 40
 """Added to the number of a step, so that a critic draws other random numbers than its group."""
 
@@ -49,11 +51,13 @@ class Recipe:
 
     Attributes:
         optimizer: Makes the optimizer of a group.
-        critic_optimizer: Makes the optimizer of a critic; None: as for a group.
+        critic_optimizer: Makes the optimizer of a critic, or helper; None: as for a group.
         scheduler: Makes the learning-rate schedule of an optimizer, stepped after every epoch.
         step_every_batch: Step schedules after every batch instead.
         amp: Run forward passes under autocast in this dtype; float16 scales losses.
         clip: Largest norm of the gradient of a group, and of a critic.
+        method: ``"local_critics"``, or what to compare it with, in one process: ``"backpropagation"``,
+            ``"joint"`` losses (`JointLosses`) or ``"synthetic_gradients"`` (`SyntheticGradients`).
     """
 
     optimizer: OptimizerFactory = adam
@@ -62,6 +66,7 @@ class Recipe:
     step_every_batch: bool = False
     amp: torch.dtype | None = None
     clip: float | None = None
+    method: MethodName | Method = "local_critics"
 
 
 class Learner:
@@ -138,6 +143,8 @@ class Stage:
         number: Of the group, from 0.
         group: The layer group.
         critic: Estimates the loss from what the group hands on; None for the last group, which has the loss.
+        learners: What updates the group, the critic and the helper.
+        helper: What another method of training than local critics puts at the cut.
     """
 
     def __init__(
@@ -158,16 +165,17 @@ class Stage:
         self._amp: torch.dtype | None = None
         self._waiting: deque[_Estimate] = deque()
         self.learners: list[Learner] = []
+        self.helper: nn.Module | None = None
 
     @property
     def modules(self) -> list[nn.Module]:
-        """The group, and the critic where there is one."""
-        return [self.group] if self.critic is None else [self.group, self.critic]
+        """The group, the critic where there is one, and what the method of training adds."""
+        return [module for module in (self.group, self.critic, self.helper) if module is not None]
 
     def configure(self, recipe: Recipe) -> None:
         """Make optimizers and schedules."""
         self._amp = recipe.amp
-        makers = (recipe.optimizer, recipe.critic_optimizer or recipe.optimizer)
+        makers = (recipe.optimizer, *[recipe.critic_optimizer or recipe.optimizer] * 2)
         self.learners = [
             Learner(module, make, recipe) for module, make in zip(self.modules, makers, strict=False)
         ]
@@ -183,28 +191,45 @@ class Stage:
         Raises:
             UserError: The loss is not one number for each example, or not finite.
         """
-        inputs, targets = pytree.tree_map_only(Tensor, self._moved, (list(inputs), targets))
-        with self._random(step), self._autocast():
-            outputs = list(self.group.run_flat(inputs))
-        features = self._features(outputs)
+        targets = self.here(targets)
+        outputs = self.run(detached(inputs), step)
+        features = self.features(outputs)
         leaf = features if self.critic is None else features.detach().requires_grad_()
-        losses = self._losses(leaf, targets, step)
-        self._check(losses)
+        losses = self.losses(leaf, targets, step)
         if self.critic is None:
             if losses.requires_grad:
-                self._scaled(0, losses.mean()).backward()
+                self.scaled(0, losses.mean()).backward()
         else:
             if features.requires_grad:
-                (gradient,) = torch.autograd.grad(self._scaled(0, losses.mean()), leaf, retain_graph=True)
+                (gradient,) = torch.autograd.grad(self.scaled(0, losses.mean()), leaf, retain_graph=True)
                 features.backward(gradient)
             self._waiting.append(_Estimate(losses, leaf.detach(), targets, step, self._updates))
-        return Passed([_detached(value) for value in outputs], losses.detach())
+        return Passed(detached(outputs), losses.detach())
+
+    def run(self, inputs: Sequence[Any], step: int) -> list[Any]:
+        """What the group gives for a batch; gradients go back to the inputs where they want them."""
+        inputs = self.here(inputs)
+        with self._random(step), self._autocast():
+            return list(self.group.run_flat(inputs))
+
+    def losses(self, features: Tensor, targets: Any, step: int) -> Tensor:
+        """The loss of each example, by the critic where there is one. ``[N]``
+
+        Raises:
+            UserError: The loss is not one number for each example, or not finite.
+        """
+        losses = self._losses(features, self.here(targets), step)
+        self._check(losses)
+        return losses
 
     def _losses(self, features: Tensor, targets: Any, step: int) -> Tensor:
-        """The loss of each example, by the critic where there is one."""
         with self._random(step + CRITIC), self._autocast():
             scores = features if self.critic is None else self.critic(features)
         return checked(self._loss, scores, targets)
+
+    def here(self, values: Any) -> Any:
+        """Tensors on the device of the stage."""
+        return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(self.device, non_blocking=True), values)
 
     @property
     def waiting(self) -> int:
@@ -222,16 +247,13 @@ class Stage:
         tensors = (*self.group.parameters(), *self.group.buffers())
         return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
-    def _scaled(self, learner: int, loss: Tensor) -> Tensor:
+    def scaled(self, learner: int, loss: Tensor) -> Tensor:
         """A loss as the scaler of float16 wants it."""
         return self.learners[learner].scaler.scale(loss) if self.learners else loss
 
     @property
     def _updates(self) -> int:
         return self.learners[1].updates if self.learners else 0
-
-    def _moved(self, tensor: Tensor) -> Tensor:
-        return tensor.detach().to(self.device, non_blocking=True)
 
     def learn(self, targets: Tensor) -> Tensor:
         """Leave the critic's gradients in it: of the oldest batch that waits for its target.
@@ -250,15 +272,15 @@ class Stage:
         if self.critic is not None and difference.requires_grad:
             trained = [parameter for parameter in self.critic.parameters() if parameter.requires_grad]
             if trained:
-                self._scaled(1, difference).backward(inputs=trained)
+                self.scaled(1, difference).backward(inputs=trained)
         return difference.detach()
 
     def scores(self, outputs: Sequence[Any]) -> Tensor:
         """What this stage would answer, from what its group gives."""
-        features = self._features(outputs)
+        features = self.features(outputs)
         return features if self.critic is None else self.critic(features)
 
-    def _features(self, outputs: Sequence[Any]) -> Tensor:
+    def features(self, outputs: Sequence[Any]) -> Tensor:
         """What the critic sees; of the last group, the output that the loss takes."""
         features: Tensor = outputs[self._main[0 if self.group.training else -1]]
         return features
@@ -298,5 +320,6 @@ def diverged(group: int) -> UserError:
     )
 
 
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
+def detached(values: Sequence[Any]) -> list[Any]:
+    """The same values, through which no gradient goes."""
+    return [value.detach() if isinstance(value, Tensor) else value for value in values]
