@@ -25,6 +25,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -174,9 +175,14 @@ def peak_on_cuda(model: nn.Module, batch: Tensor, optimizer: Optimizer) -> int:
 
 def peak_on_cpu(model: nn.Module, batch: Tensor, optimizer: Optimizer) -> int:
     """Bytes that torch's CPU allocator held at most, beyond the model."""
+    return peak_bytes(partial(train, model, batch, optimizer))
+
+
+def peak_bytes(function: Callable[[], None]) -> int:
+    """Bytes that torch's CPU allocator held at most while a function ran, beyond what it held before."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
-        train(model, batch, optimizer)
+        function()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))

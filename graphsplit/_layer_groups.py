@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from graphsplit import costs
 from graphsplit.bundle import DepthBundle, program_of, without_weights
@@ -26,6 +27,31 @@ from graphsplit.verification import Certificate, Example, opened_model
 
 if TYPE_CHECKING:
     from torch.distributed.pipelining import PipelineStage
+
+
+class _DenseGradient(torch.autograd.Function):
+    """The same tensor, whose gradient lies in memory without gaps."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.contiguous()
+
+
+class _Dense(nn.Module):
+    """A group whose results, and gradients, lie in memory without gaps, as what is sent has to."""
+
+    def __init__(self, group: ProgramModule) -> None:
+        super().__init__()
+        self.group = group
+
+    def forward(self, *args: Any) -> Any:
+        """What the group gives."""
+        args = pytree.tree_map_only(Tensor, _DenseGradient.apply, args)
+        return pytree.tree_map_only(Tensor, Tensor.contiguous, self.group(*args))
 
 
 class LayerGroups:
@@ -155,7 +181,7 @@ class LayerGroups:
                 hint=f"start the script with torchrun --nproc-per-node={self.n} and call init_process_group",
             )
         rank = dist.get_rank()
-        return PipelineStage(self.modules[rank].to(device), rank, self.n, torch.device(device))
+        return PipelineStage(_Dense(self.modules[rank]).to(device), rank, self.n, torch.device(device))
 
     def drawn(self, critics: Sequence[Program] = (), mains: Sequence[int] = ()) -> tuple[Program, Division]:
         """What a figure shows: the groups, and critics on the outputs ``mains`` of theirs."""
