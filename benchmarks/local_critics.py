@@ -1,49 +1,68 @@
-"""Local critics against backpropagation on scikit-learn's digits: errors of every sub-model over seeds.
+"""Local critics against backpropagation and other ways to train layer groups apart: errors over seeds.
 
-    python benchmarks/local_critics.py [--only mlp resnet] [--seeds 5] [--epochs 60]
+    python benchmarks/local_critics.py [--only mlp resnet lstm] [--methods backpropagation ...] [--seeds 5]
 
-The same model, optimizer (Adam), rate, batches and number of epochs for both; the rate falls to zero by a
-cosine. Backpropagation trains the whole model, local critics train groups with n critics. Errors are those of
-the test data after the last epoch, in percent, mean and standard deviation over the seeds.
+All methods have the same models, batches, number of epochs and optimizer (Adam, whose rate falls to zero by a
+cosine), and the same number of trials for their rates: on a fifth of the training data that is held out, with
+a seed that is not used again, for a third of the epochs. ADMM, which has no rate and no batches, searches its
+weights instead and runs as many rounds as the others run epochs. Results are kept in a JSON file beside the
+report, so that models and methods can be run one by one.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import json
+import math
 import platform
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import graphsplit as gs
 
 ROOT = Path(__file__).resolve().parents[1]
-TEXT = """# Local critics against backpropagation
+sys.path.insert(0, str(ROOT / "examples"))
+import local_critics as example  # noqa: E402
 
-Written by `python benchmarks/local_critics.py {arguments}`, {date}: torch {torch}, Python
-{python}.
+RESULTS = ROOT / "benchmarks" / "results"
+TEXT = """# Local critics against other ways to train
 
-scikit-learn's digits (1,437 for training, 360 for the test), {seeds} seeds, {epochs} epochs, batches of 32,
-Adam with a rate of 0.001 that falls to zero by a cosine, for both. Test error in percent, mean and standard
-deviation. Sub-model i is groups 0 to i with critic i; the last column is the model itself.
+Written by `python benchmarks/local_critics.py`, {date}: torch {torch}, Python {python}.
 
-| model | method | {columns} | the model |
-| --- | --- | {rule} | --- |
+Batches of 32, Adam, a rate that falls to zero by a cosine, for all; rates were searched with {trials} trials
+for each method, on a fifth of the training data. Mean and standard deviation over the seeds, after the last
+epoch, of the test error in percent, or of bits per character. Sub-model i is groups 0 to i with critic i; the
+last column is the model itself. Where a method has no use for critics, they learn as probes, without a
+gradient to the groups.
+
+{sections}"""
+SECTION = """## {title}
+
+{epochs} epochs, {seeds} seeds.
+
+| method | n | rate of groups, of critics | {columns} | the model |
+| --- | --- | --- | {rule} | --- |
 {rows}
 
 Parameters and FLOPs of an example, critics included:
 
-| model | n | parameters | FLOPs |
-| --- | --- | --- | --- |
+| n | parameters | FLOPs |
+| --- | --- | --- |
 {sizes}
+
 """
+Data = tuple[Tensor, Tensor]
+Split = tuple[Data, Data]
 
 
 def mlp() -> nn.Module:
@@ -53,113 +72,181 @@ def mlp() -> nn.Module:
     )
 
 
-class Block(nn.Module):
-    """Two convolutions and a skip."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width),
-        )  # fmt: skip
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images of ``width`` channels."""
-        return torch.relu(x + self.body(x))
+def digits() -> Split:
+    """Training and test images."""
+    return gs.data.digits(), gs.data.digits(train=False)
 
 
-def resnet(width: int = 16) -> nn.Module:
-    """A small one of three blocks."""
-    stem = nn.Sequential(nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU())
-    blocks = [Block(width) for _ in range(3)]
-    return nn.Sequential(stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
+def text() -> Split:
+    """Windows of the source of Python's modules."""
+    found = gs.data.standard_library(60_000)
+    train, valid = (
+        gs.data.windows(part, example.LENGTH, batch=len(part))[0] for part in (found.train, found.valid)
+    )
+    return train, valid
 
 
-# Where the groups start, for each number of critics.
-MODELS: dict[str, tuple[Callable[[], nn.Module], dict[int, list[str]]]] = {
-    "mlp": (mlp, {1: ["3"], 2: ["3", "5"]}),
-    "resnet": (resnet, {1: ["2"], 2: ["1", "3"]}),
-}
-Rows = list[list[float]]
+def characters() -> nn.Module:
+    """An LSTM of three layers."""
+    return example.CharLSTM(len(gs.data.standard_library(60_000).symbols))
 
 
-def data(seed: int) -> tuple[DataLoader[tuple[Tensor, ...]], list[tuple[Tensor, Tensor]]]:
-    """Training batches in an order of this seed, and the test data."""
-    generator = torch.Generator().manual_seed(seed)
-    train = DataLoader(TensorDataset(*gs.data.digits()), 32, shuffle=True, generator=generator)
-    return train, [gs.data.digits(train=False)]
+@dataclass(frozen=True)
+class Case:
+    """A model with its data, and where the groups start for each number of critics (None: balanced)."""
+
+    title: str
+    build: Callable[[], nn.Module]
+    data: Callable[[], Split]
+    places: dict[int, list[str] | None]
+    epochs: int
+    classes: bool = True
 
 
-def backpropagation(build: Callable[[], nn.Module], seed: int, epochs: int) -> list[float]:
-    """Test error of the whole model."""
+CASES = {
+    "mlp": Case("300-150-10 on digits", mlp, digits, {1: ["3"], 2: ["3", "5"]}, 60),
+    "resnet": Case(
+        "A ResNet of three blocks on digits", example.resnet, digits, {1: ["2"], 2: ["1", "3"]}, 30
+    ),
+    "lstm": Case(
+        "An LSTM of three layers of 96 units on Python's source", characters, text, {1: None, 2: None}, 12,
+        classes=False,
+    ),
+}  # fmt: skip
+METHODS = ("backpropagation", "local_critics", "joint", "synthetic_gradients")
+RATES = (1e-3, 3e-3)
+SHARES = (1.0, 0.3)
+WEIGHTS = ((1.0, 10.0), (0.1, 1.0), (0.1, 3.0), (1.0, 30.0))
+TRIAL_SEED = 1000
+
+
+def trained(
+    case: Case,
+    method: str,
+    n: int,
+    rates: tuple[float, float],
+    seed: int,
+    epochs: int,
+    data: Split,
+) -> list[float]:
+    """Test errors (or bits) of every sub-model."""
     torch.manual_seed(seed)
-    model = build()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-    train, test = data(seed)
-    records = gs.train.fit(
-        model, optimizer, functional.cross_entropy, train, epochs, test=test, scheduler=schedule,
-        error=gs.train.misclassified, seed=seed,
-    )  # fmt: skip
-    error = records[-1].test_error
-    assert error is not None
-    return [error]
+    model = case.build()
+    train, test = (TensorDataset(*part) for part in data)
+    local = gs.local_critics(model, data[0][0][:4], n=n, at=case.places[n], seed=seed)
+    local.configure(
+        gs.train.Recipe(
+            optimizer=lambda module: torch.optim.Adam(module.parameters(), rates[0]),
+            critic_optimizer=lambda module: torch.optim.Adam(module.parameters(), rates[1]),
+            scheduler=lambda made: torch.optim.lr_scheduler.CosineAnnealingLR(made, epochs),
+            method=method,  # type: ignore[arg-type]
+        )
+    )
+    local.fit(DataLoader(train, 32, shuffle=True, generator=torch.Generator()), epochs)
+    losses, errors = local.evaluate(
+        DataLoader(test, 256), error=gs.train.misclassified if case.classes else None
+    )
+    return [100 * error for error in errors] if case.classes else [loss / math.log(2) for loss in losses]
 
 
-def local(build: Callable[[], nn.Module], places: Sequence[str], seed: int, epochs: int) -> list[float]:
-    """Test errors of every sub-model."""
+def by_admm(case: Case, weights: tuple[float, float], seed: int, rounds: int, data: Split) -> list[float]:
+    """Test error of the model."""
     torch.manual_seed(seed)
-    train, test = data(seed)
-    critics = gs.local_critics(build(), test[0][0][:4], at=places, seed=seed)
-    recipe = gs.train.Recipe(scheduler=lambda made: torch.optim.lr_scheduler.CosineAnnealingLR(made, epochs))
-    critics.configure(recipe)
-    records = critics.fit(train, epochs)
-    assert len(records) == epochs
-    return list(critics.evaluate(test, error=gs.train.misclassified)[1])
+    admm = gs.train.ADMM(gs.trace(case.build(), data[0][0][:4]), beta=weights[0], gamma=weights[1], seed=seed)
+    steps = admm.fit(*data[0], rounds, warm=rounds, test=data[1], error=gs.train.misclassified)
+    assert steps[-1].test_error is not None
+    return [100 * steps[-1].test_error]
 
 
-def cells(rows: Rows, columns: int) -> str:
+def runs(case: Case) -> Iterator[tuple[str, int, list[tuple[float, float]], Callable[..., list[float]]]]:
+    """Each method with its trials, and what trains it."""
+    bare = [(rate, rate) for rate in (3e-4, *RATES, 1e-2)]
+    yield "backpropagation", 1, bare, partial(trained, case, "backpropagation", 1)
+    for method in METHODS[1:]:
+        for n in case.places:
+            trials = [(rate, share * rate) for rate in RATES for share in SHARES]
+            yield method, n, trials, partial(trained, case, method, n)
+    if case.build is mlp:
+        yield "ADMM", 0, list(WEIGHTS), partial(by_admm, case)
+
+
+def held_out(data: Data) -> Split:
+    """Training data without a fifth, and that fifth."""
+    order = torch.randperm(len(data[0]), generator=torch.Generator().manual_seed(TRIAL_SEED))
+    fifth = len(order) // 5
+    parts = (order[fifth:], order[:fifth])
+    train, valid = ((data[0][part], data[1][part]) for part in parts)
+    return train, valid
+
+
+def measure(case: Case, seeds: int, wanted: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Trials, then all seeds with what was best."""
+    data = case.data()
+    trial_data = held_out(data[0])
+    for method, n, trials, train in runs(case):
+        if wanted and method not in wanted:
+            continue
+        found = [train(rates, TRIAL_SEED, max(case.epochs // 3, 1), trial_data)[-1] for rates in trials]
+        best = trials[found.index(min(found))]
+        errors = [train(best, seed, case.epochs, data) for seed in range(seeds)]
+        tried = [*zip(trials, found, strict=True)]
+        row = {"method": method, "n": n, "trials": tried, "rates": best, "errors": errors}
+        yield f"{method} {n}", row
+
+
+def row(found: dict[str, Any], columns: int, digits: int) -> str:
     """Mean and deviation of each sub-model, the model last."""
-    found = [
-        f"{100 * statistics.mean(values):.2f} ± {100 * statistics.stdev(values):.2f}"
-        for values in zip(*rows, strict=True)
+    cells = [
+        f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+        for values in zip(*found["errors"], strict=True)
     ]
-    return " | ".join([*found[:-1], *["-"] * (columns - len(found) + 1), found[-1]])
+    middle = [*cells[:-1], *["-"] * (columns - len(cells) + 1)]
+    name = found["method"].replace("_", " ")
+    rates = ", ".join(f"{rate:g}" for rate in found["rates"])
+    return f"| {name} | {found['n'] or '-'} | {rates} | {' | '.join(middle)} | {cells[-1]} |"
+
+
+def section(case: Case, results: dict[str, Any]) -> str:
+    """The tables of one model."""
+    columns = max(case.places)
+    sizes = []
+    inputs = case.data()[0][0][:4]
+    for n, at in case.places.items():
+        parts = gs.local_critics(case.build(), inputs, n=n, at=at).complexity()
+        counts = " / ".join(f"{item.parameters:,}" for item in parts)
+        sizes.append(f"| {n} | {counts} | {' / '.join(f'{item.flops:,.0f}' for item in parts)} |")
+    rows = [row(found, columns, 2 if case.classes else 3) for found in results["runs"].values()]
+    return SECTION.format(
+        title=case.title, epochs=case.epochs, seeds=results["seeds"], rows="\n".join(rows),
+        columns=" | ".join(f"sub-model {number}" for number in range(columns)),
+        rule=" | ".join(["---"] * columns), sizes="\n".join(sizes),
+    )  # fmt: skip
 
 
 def main() -> None:
     """Train, and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--only", nargs="*", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES))
+    parser.add_argument("--methods", nargs="*", default=[])
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=60)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "local_critics.md")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    columns = max(n for name in options.only for n in MODELS[name][1])
-    rows, sizes = [], []
+    kept = RESULTS / "local_critics.json"
+    results: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
     for name in options.only:
-        build, places = MODELS[name]
-        whole = [backpropagation(build, seed, options.epochs) for seed in range(options.seeds)]
-        rows.append(f"| {name} | backpropagation | {cells(whole, columns)} |")
-        print(rows[-1], flush=True)
-        for n, at in places.items():
-            found = [local(build, at, seed, options.epochs) for seed in range(options.seeds)]
-            rows.append(f"| {name} | local critics, n = {n} | {cells(found, columns)} |")
-            print(rows[-1], flush=True)
-            critics = gs.local_critics(build(), gs.data.digits()[0][:4], at=at)
-            parts = critics.complexity()
-            counts = " / ".join(f"{item.parameters:,}" for item in parts)
-            flops = " / ".join(f"{item.flops:,.0f}" for item in parts)
-            sizes.append(f"| {name} | {n} | {counts} | {flops} |")
-    options.out.write_text(
+        for key, found in measure(CASES[name], options.seeds, options.methods):
+            own = results.setdefault(name, {"runs": {}, "seeds": options.seeds})
+            own["runs"][key] = found
+            own["seeds"] = options.seeds
+            print(name, row(found, max(CASES[name].places), 3), flush=True)
+            kept.write_text(json.dumps(results, indent=1) + "\n")
+    sections = [section(case, results[name]) for name, case in CASES.items() if name in results]
+    (RESULTS / "local_critics.md").write_text(
         TEXT.format(
-            arguments=" ".join(sys.argv[1:]), date=datetime.date.today(), torch=torch.__version__,
-            python=platform.python_version(),
-            seeds=options.seeds, epochs=options.epochs,
-            columns=" | ".join(f"sub-model {number}" for number in range(columns)),
-            rule=" | ".join(["---"] * columns), rows="\n".join(rows), sizes="\n".join(sizes),
-        )
+            date=datetime.date.today(), torch=torch.__version__, python=platform.python_version(),
+            trials=len(RATES) * len(SHARES), sections="".join(sections),
+        ).rstrip()
+        + "\n"
     )  # fmt: skip
 
 

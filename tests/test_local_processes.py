@@ -54,6 +54,50 @@ torch.save(
 """
 
 
+PIPELINED = """
+import os, sys
+sys.path.insert(0, {tests!r})
+import torch, torch.distributed as dist
+from torch.distributed.pipelining import Schedule1F1B
+from test_local_processes import recurrent
+
+torch.set_num_threads(1)
+out, rank = sys.argv[1], int(os.environ["RANK"])
+dist.init_process_group("gloo")
+groups, x, y = recurrent()
+stage = groups.pipeline_stage()
+loss = torch.nn.functional.cross_entropy
+schedule = Schedule1F1B(stage, 2, loss_fn=lambda scores, classes: loss(scores.flatten(0, 1), classes.flatten()))
+if rank == 0:
+    schedule.step(x)
+elif rank == 2:
+    schedule.step(target=y)
+else:
+    schedule.step()
+torch.save([parameter.grad for parameter in stage.submod.parameters()], f"{{out}}/{{rank}}.pt")
+dist.destroy_process_group()
+"""
+
+
+class Sequences(nn.Module):
+    """What an LSTM gives at each step, which does not lie densely in memory."""
+
+    def __init__(self, given: int, width: int) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(given, width, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.lstm(x)[0]
+        return found
+
+
+def recurrent() -> tuple[gs.LayerGroups, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(Sequences(5, 6), Sequences(6, 6), nn.Linear(6, 3)).double()
+    x, y = torch.randn(4, 7, 5, dtype=torch.float64), torch.randint(0, 3, (4, 7))
+    return gs.layer_groups(model, x[:2], at=["1", "2"]), x, y
+
+
 def local() -> gs.LocalCritics:
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -81,9 +125,9 @@ def free_port() -> int:
 
 
 @contextmanager
-def launched(folder: Path, case: str) -> Iterator[list[subprocess.Popen[str]]]:
+def launched(folder: Path, case: str, text: str = SCRIPT) -> Iterator[list[subprocess.Popen[str]]]:
     """Three processes, none of which is left behind."""
-    processes = launch(folder, case)
+    processes = launch(folder, case, text)
     try:
         yield processes
     finally:
@@ -92,9 +136,9 @@ def launched(folder: Path, case: str) -> Iterator[list[subprocess.Popen[str]]]:
             process.communicate()
 
 
-def launch(folder: Path, case: str) -> list[subprocess.Popen[str]]:
+def launch(folder: Path, case: str, text: str) -> list[subprocess.Popen[str]]:
     script = folder / "run.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
+    script.write_text(text.format(tests=str(Path(__file__).parent)))
     port = str(free_port())
     return [
         subprocess.Popen(
@@ -134,6 +178,21 @@ def test_a_lost_process_ends_the_others(tmp_path: Path) -> None:
         for rank, text in zip((0, 2), texts, strict=True):
             assert processes[rank].returncode == 4, text
             assert f"group {rank} lost another process" in text and "checkpoint=" in text
+
+
+def test_groups_go_through_the_pipelines_of_torch(tmp_path: Path) -> None:
+    with launched(tmp_path, "pipelined", PIPELINED) as processes:
+        groups, x, y = recurrent()
+        whole = groups.recompose()
+        nn.functional.cross_entropy(whole(x).flatten(0, 1), y.flatten()).backward()
+        wanted = {name: parameter.grad for name, parameter in whole.named_parameters()}
+        for process in processes:
+            text, _ = process.communicate(timeout=600)
+            assert process.returncode == 0, text
+    for rank, module in enumerate(groups.modules):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for (name, _), gradient in zip(module.named_parameters(), found, strict=True):
+            torch.testing.assert_close(gradient, wanted[name], rtol=1e-12, atol=1e-12)
 
 
 @pytest.fixture
