@@ -17,7 +17,7 @@ from graphsplit.cli.common import (
     Verbose,
     Who,
 )
-from graphsplit.cli.opening import Asked, Options, open_either, parse_shares
+from graphsplit.cli.opening import Asked, Options, open_width, parse_shares
 from graphsplit.report import model_report
 
 
@@ -40,7 +40,7 @@ def inspect(
     """
     options = Options(parse_shares(shares), strategy, fit, seed=seed)
     meta = strategy is not Who.cluster  # which looks at the weights
-    opened = open_either(
+    opened = open_width(
         Asked(target, k, entry, inputs, keep_output, allow_meta=meta), console.Progress(), options
     )
     report = model_report(opened.partition.analysis)

@@ -91,16 +91,20 @@ class Opened:
         """What a figure shows."""
         return self.partition.drawn()
 
+    def pieces(self) -> tuple[Program, ...]:
+        """The sub-models, with the bundle's weights where there is one."""
+        programs = self.partition.programs
+        if self.states is None:
+            return programs
+        return tuple(
+            program.with_state({name: state[name] for name in program.state if name in state})
+            for program, state in zip(programs, self.states, strict=True)
+        )
+
     def exports(self, folder: Path) -> exports.Exports:
         """The ONNX files that there can be."""
-        divided = self.partition
-        pieces = divided.programs
-        if self.states is not None:
-            pieces = tuple(
-                program.with_state({name: state[name] for name in program.state if name in state})
-                for program, state in zip(pieces, self.states, strict=True)
-            )
-        return exports.of_partition(pieces, divided.merged_program(self.states), folder, self.example)
+        merged = self.partition.merged_program(self.states)
+        return exports.of_partition(self.pieces(), merged, folder, self.example)
 
     def verify(self) -> Certificate:
         """The source of a bundle has no weights: the plain merge of those of the sub-models stands for it."""
@@ -189,7 +193,7 @@ def open_any(asked: Asked, progress: Progress) -> Opened | OpenedDepth:
         return OpenedDepth(from_bundle(bundle), asked.target)
 
 
-def open_either(asked: Asked, progress: Progress, options: Options | None = None) -> Opened:
+def open_width(asked: Asked, progress: Progress, options: Options | None = None) -> Opened:
     """The division of a bundle, or of a model."""
     if not asked.is_bundle:
         return open_model(asked, progress, options)

@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 import graphsplit
-from graphsplit.cli import console, depth, draw, export, inspect, merge, partition, run, verify
+from graphsplit.cli import console, depth, draw, export, fuse, inspect, merge, partition, run, verify
 from graphsplit.errors import GraphsplitError
 
 INTERRUPTED = 130
@@ -92,6 +92,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect.inspect,
     "partition": partition.partition,
     "merge": merge.merge,
+    "fuse": fuse.fuse,
     "critics": depth.critics,
     "sil": depth.sil,
     "verify": verify.verify,

@@ -2,6 +2,7 @@
 
 from graphsplit import data, errors, train
 from graphsplit._api import Partition, draw, export_onnx, load, partition, save
+from graphsplit._fuse import FusedModule, fuse
 from graphsplit._layer_groups import LayerGroups, layer_groups
 from graphsplit._local_critics import LocalCritics, local_critics
 from graphsplit._synthetic_halves import SyntheticHalves, synthetic_halves
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Certificate",
+    "FusedModule",
     "LayerGroups",
     "LocalCritics",
     "Partition",
@@ -28,6 +30,7 @@ __all__ = [
     "emit",
     "errors",
     "export_onnx",
+    "fuse",
     "layer_groups",
     "load",
     "load_model",

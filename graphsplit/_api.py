@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from graphsplit import bundle, exports
+from graphsplit._fuse import FusedModule, fuse
 from graphsplit._layer_groups import LayerGroups
 from graphsplit._local_critics import LocalCritics
 from graphsplit._synthetic_halves import SyntheticHalves
@@ -97,6 +98,28 @@ class Partition:
             return self.programs
         states = self._states(self.submodels)
         return tuple(program.with_state(state) for program, state in zip(self.programs, states, strict=True))
+
+    def fuse(
+        self, submodels: Sequence[nn.Module | Mapping[str, Tensor]] | None = None, *, own_inputs: bool = False
+    ) -> FusedModule:
+        """The K sub-models as one module that does the work of all of them.
+
+        Args:
+            submodels: Trained sub-models, or their state dicts; by default those of this partition.
+            own_inputs: Each sub-model has inputs of its own, on a leading dimension of K.
+
+        Returns:
+            A module in train mode whose outputs have a leading dimension of K; see `FusedModule`.
+
+        Raises:
+            UnsupportedError: The sub-models are not of one size.
+            PlanError: The sub-models do not belong to this plan.
+        """
+        programs = self.current_programs()
+        if submodels is not None:
+            states = self._states(submodels)
+            programs = tuple(p.with_state(state) for p, state in zip(self.programs, states, strict=True))
+        return fuse(programs, own_inputs=own_inputs)
 
     def merge(
         self, submodels: Sequence[nn.Module | Mapping[str, Tensor]] | None = None, duplicate: bool = True

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import linecache
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -34,6 +34,7 @@ class ProgramModule(nn.Module):
     """
 
     signature: Signature
+    _SHARED: ClassVar[set[str]] = {"signature", "_graphs", "_runs"}
 
     def __init__(self, program: Program, *, copy: bool = True) -> None:
         super().__init__()
@@ -121,9 +122,8 @@ class ProgramModule(nn.Module):
 
         clone = self.__class__.__new__(self.__class__)
         memo[id(self)] = clone
-        shared = {"signature", "_graphs", "_runs"}
         clone.__dict__.update(
-            {k: v if k in shared else copy.deepcopy(v, memo) for k, v in self.__dict__.items()}
+            {k: v if k in self._SHARED else copy.deepcopy(v, memo) for k, v in self.__dict__.items()}
         )
         return clone
 

@@ -79,8 +79,8 @@ def without_noise(graph: fx.Graph) -> fx.Graph:
             node.target, node.args, node.kwargs = aten.full_like.default, (node.args[0], 0.5), {}
         elif name in NOISE:
             node.target, node.args = aten.full.default, (node.args[0], 0.5)
-        elif name in DROPOUTS and node.args[2] is True:
-            node.args = (*node.args[:2], False)
+        elif name in DROPOUTS:
+            node.args = (node.args[0], 0.0, node.args[2])
         elif name == "scaled_dot_product_attention.default" and len(node.args) > 4:
             node.args = (*node.args[:4], 0.0, *node.args[5:])
     return copied

@@ -16,7 +16,7 @@ from graphsplit.analysis.kinds import closing_nodes
 from graphsplit.emission import emit, random_state
 from graphsplit.graphs import copy_graph, node_arg
 from graphsplit.plan import StatePlan
-from graphsplit.program import Program, TensorMeta
+from graphsplit.program import Mode, Program, TensorMeta
 from graphsplit.retarget import retarget_graph, without_noise
 from graphsplit.signature import Outputs, Signature, as_call
 from graphsplit.tracing import trace
@@ -366,13 +366,19 @@ def _gradient_error(
     return error
 
 
-def projected_gradients(values: Sequence[Any], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Gradients of a fixed random projection of the outputs; zeros where there are none."""
+def projected_gradients(
+    values: Sequence[Any], state: Mapping[str, Tensor], *, stacked: bool = False
+) -> dict[str, Tensor]:
+    """Gradients of a fixed random projection of the outputs; zeros where there are none.
+
+    With ``stacked`` outputs have a leading dimension of models, which all have the same projection.
+    """
     generator = torch.Generator().manual_seed(2)
     total: Tensor | None = None
     for value in values:
         if isinstance(value, Tensor) and value.requires_grad and value.dtype.is_floating_point:
-            weight = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
+            shape = value.shape[1:] if stacked else value.shape
+            weight = torch.randn(shape, generator=generator, dtype=torch.float64).to(value)
             term = (value * weight).sum()
             total = term if total is None else total + term
     names = [name for name, tensor in state.items() if tensor.requires_grad]
@@ -445,3 +451,56 @@ def _cycle(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
         if tensor.shape[dim] != size:
             tensor = tensor.index_select(dim, torch.arange(size) % tensor.shape[dim])
     return tensor
+
+
+# -- programs, forward and backward --------------------------------------------------------------------------
+
+
+@dataclass
+class Ran:
+    """What a forward and a backward pass leave."""
+
+    outputs: list[Any]
+    buffers: Mapping[str, Tensor]
+    gradients: Mapping[str, Tensor]
+
+
+def run_chain(
+    programs: Sequence[Program], inputs: Sequence[Tensor], mode: Mode, *, stacked: bool = False
+) -> Ran:
+    """Programs one after the other, under one seed; for ``stacked`` see `projected_gradients`."""
+    modules = [emit(program).train(mode == "train") for program in programs]
+    values: Sequence[Any] = inputs
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for module in modules:
+            values = module.run_flat(values)
+    state: dict[str, Tensor] = {}
+    buffers: dict[str, Tensor] = {}
+    for module in modules:
+        state = dict(module.named_parameters()) | state
+        buffers = dict(module.named_buffers()) | buffers
+    return Ran(list(values), buffers, projected_gradients(values, state, stacked=stacked))
+
+
+def outputs_error(found: Sequence[Any], expected: Sequence[Any]) -> float:
+    """Largest `relative_error`; infinite where something is missing, or no tensor and not equal."""
+    if len(found) != len(expected):
+        return math.inf
+    return max((_difference(a, b) for a, b in zip(found, expected, strict=True)), default=0.0)
+
+
+def _difference(found: Any, expected: Any) -> float:
+    if isinstance(expected, Tensor):
+        return relative_error(found, expected) if isinstance(found, Tensor) else math.inf
+    return 0.0 if found == expected else math.inf
+
+
+def tensors_error(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], without: set[str] | None = None
+) -> float:
+    """Largest difference over the tensors of one name; infinite where one is missing."""
+    names = expected.keys() - (without or set())
+    if not names <= found.keys():
+        return math.inf
+    return max((_difference(found[name], expected[name]) for name in names), default=0.0)

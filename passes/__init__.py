@@ -2,6 +2,7 @@
 
 from graphsplit.passes.base import Pass, PassResult, Programs
 from graphsplit.passes.dead_code_elimination import DeadCodeElimination
+from graphsplit.passes.fuse import Fuse
 from graphsplit.passes.layer_groups import LayerGroups, Recompose
 from graphsplit.passes.merge import Merge
 from graphsplit.passes.partition import Partition
@@ -12,6 +13,7 @@ from graphsplit.passes.widen import Widen
 __all__ = [
     "PASSES",
     "DeadCodeElimination",
+    "Fuse",
     "LayerGroups",
     "Merge",
     "Partition",

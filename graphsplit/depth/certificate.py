@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from graphsplit.emission import ProgramModule, emit
 from graphsplit.program import Mode, Program
 from graphsplit.verification import (
     Certificate,
@@ -20,21 +16,13 @@ from graphsplit.verification import (
     flat_inputs,
     in_double,
     other_batch,
-    projected_gradients,
-    relative_error,
+    outputs_error,
+    run_chain,
+    tensors_error,
 )
 
 GRADIENTS = 1e-12
 """Gradients are summed in the order in which the nodes ran; copies of tied weights have shares of them."""
-
-
-@dataclass
-class _Run:
-    """What a forward and a backward pass leave."""
-
-    outputs: list[Any]
-    buffers: Mapping[str, Tensor]
-    gradients: Mapping[str, Tensor]
 
 
 def certify_groups(
@@ -58,12 +46,14 @@ def certify_groups(
     inputs = flat_inputs(program.signature, example)
     modes: tuple[Mode, ...] = ("eval", "train")
     for mode in modes:
-        expected = _run([whole], inputs, mode)
+        expected = run_chain([whole], inputs, mode)
         for what, programs in (("recomposed", [joined]), ("the chain of groups", chain)):
-            found = _run(programs, inputs, mode)
-            error = max(_error(found.outputs, expected.outputs), _common(found.buffers, expected.buffers))
+            found = run_chain(programs, inputs, mode)
+            error = max(
+                outputs_error(found.outputs, expected.outputs), tensors_error(found.buffers, expected.buffers)
+            )
             rows.append(Row(f"{what} equals the model ({mode})", error, 0.0, "float64"))
-            error = _common(found.gradients, expected.gradients, without=_shared(groups))
+            error = tensors_error(found.gradients, expected.gradients, without=_shared(groups))
             rows.append(Row(f"gradients of {what} ({mode})", error, GRADIENTS, "float64"))
     other = other_batch(program.signature, inputs)
     if other is not None:
@@ -73,10 +63,10 @@ def certify_groups(
 
 def _another_batch(whole: Program, joined: Program, inputs: Sequence[Tensor]) -> list[Row]:
     try:
-        expected = _run([whole], inputs, "eval")
+        expected = run_chain([whole], inputs, "eval")
     except RuntimeError:
         return []  # the model itself takes no other batch with these inputs
-    error = _error(_run([joined], inputs, "eval").outputs, expected.outputs)
+    error = outputs_error(run_chain([joined], inputs, "eval").outputs, expected.outputs)
     return [Row("recomposed equals the model, another batch size", error, 0.0, "float64")]
 
 
@@ -99,41 +89,3 @@ def _shared(groups: Sequence[Program]) -> set[str]:
 def _has_copies(name: str, groups: Sequence[Program]) -> bool:
     tensors = [group.state[name].tensor for group in groups if name in group.state]
     return len({id(tensor) for tensor in tensors}) == len(tensors)
-
-
-def _run(programs: Sequence[Program], inputs: Sequence[Tensor], mode: Mode) -> _Run:
-    """Programs one after the other, under one seed."""
-    modules: list[ProgramModule] = [emit(program).train(mode == "train") for program in programs]
-    values: Sequence[Any] = inputs
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        for module in modules:
-            values = module.run_flat(values)
-    state: dict[str, Tensor] = {}
-    buffers: dict[str, Tensor] = {}
-    for module in modules:
-        state = dict(module.named_parameters()) | state
-        buffers = dict(module.named_buffers()) | buffers
-    return _Run(list(values), buffers, projected_gradients(values, state))
-
-
-def _error(found: Sequence[Any], expected: Sequence[Any]) -> float:
-    if len(found) != len(expected):
-        return float("inf")
-    return max((_difference(a, b) for a, b in zip(found, expected, strict=True)), default=0.0)
-
-
-def _difference(found: Any, expected: Any) -> float:
-    if isinstance(expected, Tensor):
-        return relative_error(found, expected) if isinstance(found, Tensor) else float("inf")
-    return 0.0 if found == expected else float("inf")
-
-
-def _common(
-    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], without: set[str] | None = None
-) -> float:
-    """Largest difference over the tensors of one name; infinite where one is missing."""
-    names = expected.keys() - (without or set())
-    if not names <= found.keys():
-        return float("inf")
-    return max((_difference(found[name], expected[name]) for name in names), default=0.0)

@@ -1,0 +1,292 @@
+"""The public face of fusion: K models of one architecture as one module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from graphsplit.bundle import program_of, without_weights
+from graphsplit.emission import ProgramModule, emit, random_state
+from graphsplit.errors import PlanError
+from graphsplit.passes.fuse import Fused, part_of
+from graphsplit.passes.fuse import fuse as fuse_programs
+from graphsplit.program import Mode, Program
+from graphsplit.retarget import place_of, retarget_program, without_noise
+from graphsplit.tracing import trace
+from graphsplit.verification import (
+    BOUND,
+    Certificate,
+    Ran,
+    Row,
+    flat_inputs,
+    in_double,
+    outputs_error,
+    random_input,
+    run_chain,
+    tensors_error,
+)
+
+
+class FusedModule(ProgramModule):
+    """K models of one architecture, in which every op does the work of all. Made by `fuse`.
+
+    Takes what one model takes, or one input for each model on a leading dimension of K; gives the outputs of
+    all on a leading dimension of K. Parameters have their original names and that dimension, too, so that one
+    optimizer trains all models; with a loss that is the sum of theirs each has its own gradient.
+
+    Attributes:
+        k: Number of models.
+        looped: How many ops of each name run once for each model, as they have no better way.
+    """
+
+    _SHARED: ClassVar[set[str]] = {*ProgramModule._SHARED, "_single", "_fused"}
+
+    def __init__(self, fused: Fused, single: Program) -> None:
+        super().__init__(fused.program, copy=False)
+        self.k = fused.k
+        self.looped = dict(fused.looped)
+        self._same = dict(fused.same)
+        self._single = without_weights(single)
+
+    def state_dicts(self) -> list[dict[str, Tensor]]:
+        """The state of each model under the original names; the tensors are views of this module's."""
+        saved = self.state_dict()
+        return [
+            {name: tensor if self._same.get(name, True) else tensor[number] for name, tensor in saved.items()}
+            for number in range(self.k)
+        ]
+
+    def models(self) -> list[ProgramModule]:
+        """Each model as a module of its own, whose parameters are views of this module's: no second copy."""
+        named: dict[str, Tensor] = dict(self.named_parameters(remove_duplicate=False))
+        named |= dict(self.named_buffers(remove_duplicate=False))
+        return [
+            emit(self._single.with_state(self._state_of(named, number)), copy=False).train(self.training)
+            for number in range(self.k)
+        ]
+
+    def _state_of(self, named: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
+        return {
+            name: (named[name] if self._same[name] else named[name].detach()[number]).requires_grad_(
+                entry.requires_grad
+            )
+            if entry.kind == "parameter"
+            else (named[name] if self._same[name] else named[name][number])
+            for name, entry in self._single.state.items()
+            if name in named
+        }
+
+    def load_models(self, models: Sequence[nn.Module | Mapping[str, Tensor]]) -> None:
+        """Take over the values of K models, or of their state dicts.
+
+        Raises:
+            PlanError: There are not K of them, or one has other tensors.
+        """
+        if len(models) != self.k:
+            raise PlanError(f"{len(models)} models for {self.k}")
+        states = [model.state_dict() if isinstance(model, nn.Module) else model for model in models]
+        with torch.no_grad():
+            for name, tensor in self.state_dict().items():
+                for number, state in enumerate(states):
+                    own = tensor if self._same.get(name, True) else tensor[number]
+                    if name not in state or state[name].shape != own.shape:
+                        raise PlanError(
+                            f"model {number} has no {name} of shape {list(own.shape)}",
+                            hint="these values belong to another model",
+                        )
+                    own.copy_(state[name])
+
+    def load_optimizers(
+        self,
+        optimizer: Optimizer,
+        optimizers: Sequence[Optimizer],
+        models: Sequence[nn.Module],
+    ) -> None:
+        """Go on fused where K optimizers have stopped: momenta and moments are put together.
+
+        Args:
+            optimizer: Of this module's parameters, of the same class.
+            optimizers: Of each model.
+            models: The models that they have trained, with the original parameter names.
+
+        Raises:
+            PlanError: A model lacks a parameter, or the models have taken different numbers of steps.
+        """
+        if len(optimizers) != self.k or len(models) != self.k:
+            raise PlanError(f"{len(optimizers)} optimizers of {len(models)} models for {self.k}")
+        named = [dict(model.named_parameters()) for model in models]
+        for name, parameter in self.named_parameters():
+            lost = next((number for number, own in enumerate(named) if name not in own), None)
+            if lost is not None:
+                raise PlanError(f"model {lost} has no parameter {name}")
+            states = [own.state.get(found[name], {}) for own, found in zip(optimizers, named, strict=True)]
+            optimizer.state[parameter] = _together(name, states, named[0][name].shape)
+
+    def split_optimizer(
+        self,
+        optimizer: Optimizer,
+        optimizers: Sequence[Optimizer],
+        models: Sequence[nn.Module],
+    ) -> None:
+        """Go on apart where this module's optimizer has stopped; the opposite of `load_optimizers`."""
+        for number, (own, model) in enumerate(zip(optimizers, models, strict=True)):
+            named = dict(model.named_parameters())
+            for name, parameter in self.named_parameters():
+                own.state[named[name]] = {
+                    key: value[number].clone()
+                    if isinstance(value, Tensor) and value.shape == parameter.shape
+                    else value.clone()
+                    if isinstance(value, Tensor)
+                    else value
+                    for key, value in optimizer.state.get(parameter, {}).items()
+                }
+
+    def verify(self) -> Certificate:
+        """Prove the fusion in float64, with random values in every parameter and buffer, in both modes.
+
+        Outputs, buffers and gradients are compared with those of K separate models; what is drawn at random
+        is left out, as each way draws other numbers.
+        """
+        return certify_fused(program_of(self.models()[0]), self.k, own_inputs=self._own_inputs())
+
+    def _own_inputs(self) -> bool:
+        given, single = self.signature.inputs, self._single.signature.inputs
+        return any(a.ndim != b.ndim for a, b in zip(given, single, strict=True))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ProgramModule:
+        """Move the module, and the graphs of its models."""
+        before = place_of((*self.parameters(), *self.buffers()))
+        super()._apply(fn, recurse)
+        after = place_of((*self.parameters(), *self.buffers()))
+        if before is not None and after is not None and before != after:
+            moved = after[1] if after[1] != before[1] else None
+            self._single = without_weights(retarget_program(self._single, before[0], after[0], moved))
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As data, like the rest of the module."""
+        from graphsplit.serialization import program_to_data
+
+        state = super().__getstate__()
+        state["_single"] = program_to_data(state["_single"])
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Read what `__getstate__` wrote."""
+        from graphsplit.serialization import program_from_data
+
+        single = state.pop("_single")
+        super().__setstate__(state)
+        named: dict[str, Tensor] = dict(self.named_parameters(remove_duplicate=False))
+        named |= dict(self.named_buffers(remove_duplicate=False))
+        tensors = {n: t if self._same.get(n, True) else t[0].detach() for n, t in named.items()}
+        self._single = without_weights(program_from_data(single, tensors))
+
+
+def _together(name: str, states: Sequence[Mapping[str, Any]], shape: torch.Size) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key in states[0]:
+        values = [state.get(key) for state in states]
+        tensors = [value for value in values if isinstance(value, Tensor) and value.shape == shape]
+        if len(tensors) == len(values) and shape:
+            found[key] = torch.stack(tensors)
+        elif all(_equal(value, values[0]) for value in values):
+            found[key] = values[0].clone() if isinstance(values[0], Tensor) else values[0]
+        else:
+            raise PlanError(
+                f"the optimizers of {name} differ in {key}",
+                hint="train all models for the same number of steps",
+            )
+    return found
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
+
+
+def certify_fused(single: Program, k: int, *, own_inputs: bool = False) -> Certificate:
+    """Prove a fusion of K models with random values, in both modes and without noise.
+
+    Args:
+        single: One of the models.
+        k: How many.
+        own_inputs: Each has inputs of its own.
+    """
+    generator = torch.Generator().manual_seed(0)
+    quiet = replace(single, graphs=tuple(without_noise(graph) for graph in single.graphs))
+    programs = [in_double(quiet.with_state(_drawn(single, generator))) for _ in range(k)]
+    fused = fuse_programs(programs, own_inputs=own_inputs)
+    inputs = flat_inputs(programs[0].signature, None)
+    each = [inputs] * k
+    given = inputs
+    if own_inputs:
+        metas = programs[0].signature.inputs
+        each = [inputs, *([random_input(meta, generator) for meta in metas] for _ in range(k - 1))]
+        given = [torch.stack(values) for values in zip(*each, strict=True)]
+    rows = []
+    modes: tuple[Mode, ...] = ("eval", "train")
+    for mode in modes:
+        found = run_chain([fused.program], given, mode, stacked=True)
+        errors = [
+            _errors(found, run_chain([program], values, mode), fused, number)
+            for number, (program, values) in enumerate(zip(programs, each, strict=True))
+        ]
+        for what, column in zip(
+            (f"outputs of {k} models", "buffers", "gradients"), zip(*errors, strict=True), strict=True
+        ):
+            rows.append(Row(f"{what}, fused and apart ({mode})", max(column), BOUND, "float64"))
+    return Certificate(tuple(rows))
+
+
+def _drawn(single: Program, generator: torch.Generator) -> dict[str, Tensor]:
+    return {
+        name: value.to(single.state[name].tensor.dtype).requires_grad_(single.state[name].requires_grad)
+        for name, value in random_state(single, generator).items()
+    }
+
+
+def _errors(found: Ran, own: Ran, fused: Fused, number: int) -> tuple[float, float, float]:
+    """Of outputs, buffers and gradients of one model."""
+    outputs = [value[number] if isinstance(value, Tensor) else value for value in found.outputs]
+    buffers = part_of(fused, found.buffers, number)
+    gradients = part_of(fused, found.gradients, number)
+    return (
+        outputs_error(outputs, own.outputs),
+        tensors_error(buffers, own.buffers),
+        tensors_error(gradients, own.gradients),
+    )
+
+
+def fuse(
+    models: Sequence[nn.Module | Program],
+    args: Any = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    own_inputs: bool = False,
+) -> FusedModule:
+    """K models of one architecture as one module, which takes over a copy of their values.
+
+    Args:
+        models: Modules, which are not changed, or programs.
+        args: Example inputs of one model, for modules that are not traced yet.
+        kwargs: Further example inputs by keyword.
+        own_inputs: Each model has inputs of its own, on a leading dimension of K; else all see the same.
+
+    Raises:
+        PartitionError: There are no models.
+        UnsupportedError: They are not of one architecture; the first difference is named.
+        TraceError, UnsupportedError, InputError: A model cannot be traced.
+    """
+    programs = [_program(model, args, kwargs) for model in models]
+    return FusedModule(fuse_programs(programs, own_inputs=own_inputs), programs[0])
+
+
+def _program(model: nn.Module | Program, args: Any, kwargs: Mapping[str, Any] | None) -> Program:
+    if isinstance(model, ProgramModule):
+        return program_of(model)
+    return model if isinstance(model, Program) else trace(model, args, kwargs)

@@ -1,0 +1,367 @@
+"""Brings the graph of one model over to K models: every value in one of three layouts, every op by a rule.
+
+A value of one model, ``[N, C, ...]``, stands in the fused graph as
+
+- ``SAME``: one value for all models, ``[N, C, ...]``;
+- ``STACK``: ``[K, N, C, ...]``;
+- ``FOLD``: ``[N, K * C, ...]``, the channels of model 0 first, so that grouped convolutions, batch norm and
+  pooling need no view at all.
+
+What has no rule, or is called in a way that its rule does not know, runs once for each model on slices, which
+is always right.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from graphsplit.builder import GraphBuilder, aten
+from graphsplit.graphs import base_name, drop_dead, node_arg, overload_of
+from graphsplit.program import TRAINING, Dim, StateEntry, TensorMeta, op_name, source_of
+
+
+class Layout(Enum):
+    """How the values of K models stand in one tensor."""
+
+    SAME = "same"
+    STACK = "stack"
+    FOLD = "fold"
+
+
+@dataclass(frozen=True, eq=False)
+class Value:
+    """What stands for a tensor of one model.
+
+    Attributes:
+        node: In the fused graph.
+        layout: How the models stand in it.
+        meta: Of one model's tensor.
+    """
+
+    node: fx.Node
+    layout: Layout
+    meta: TensorMeta
+
+
+Result = Value | tuple[Any, ...]
+Rule = Callable[["Fuser", fx.Node, dict[str, Any]], Result | None]
+RULES: dict[str, Rule] = {}
+"""Rules by the base name of the op; one that gives None does not know this way to call it."""
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a rule for ops."""
+
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
+def draws(node: fx.Node) -> bool:
+    """True where an op draws random numbers, which are each model's own."""
+    return torch.Tag.nondeterministic_seeded in overload_of(node).tags
+
+
+class Fuser:
+    """The fused graph under construction.
+
+    Attributes:
+        k: Number of models.
+        build: What the graph is built with.
+        looped: How many ops of each name run once for each model.
+    """
+
+    def __init__(self, k: int, same: Mapping[str, bool], constants: dict[str, StateEntry]) -> None:
+        self.k = k
+        self.build = GraphBuilder(constants)
+        self.looped: Counter[str] = Counter()
+        self._same = same
+        self._values: dict[fx.Node, Any] = {}
+        self._as: dict[tuple[fx.Node, str], fx.Node] = {}
+
+    def run(self, graph: fx.Graph, *, own_inputs: bool) -> fx.Graph:
+        """The fused graph of a model's."""
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                self._placeholder(node, own=own_inputs)
+            elif node.op == "get_attr":
+                self._state(node)
+            elif node.op == "output":
+                self.build.output([self._returned(value) for value in node.args[0]])
+                closing = next(iter(reversed(self.build.graph.nodes)))
+                closing.meta.update({k: v for k, v in node.meta.items() if k != "value"})
+            else:
+                self.build.source = source_of(node)
+                self._values[node] = self._call(node)
+        drop_dead(self.build.graph)
+        return self.build.graph
+
+    # -- values ----------------------------------------------------------------------------------------------
+
+    def _placeholder(self, node: fx.Node, *, own: bool) -> None:
+        meta = node.meta["value"]
+        placeholder = self.build.placeholder(node)
+        if own:
+            placeholder.meta["value"] = self.stacked(meta)
+        self._values[node] = Value(placeholder, Layout.STACK if own else Layout.SAME, meta)
+
+    def _state(self, node: fx.Node) -> None:
+        name, meta = str(node.target), node.meta.get("value")
+        if name == TRAINING or not isinstance(meta, TensorMeta):
+            self._values[node] = self.build.state(name, None)
+            return
+        same = self._same[name]
+        read = self.build.state(name, meta if same else self.stacked(meta))
+        self._values[node] = Value(read, Layout.SAME if same else Layout.STACK, meta)
+
+    def _returned(self, value: Any) -> Any:
+        found = self._values[value] if isinstance(value, fx.Node) else value
+        return self.stack(found) if isinstance(found, Value) else found
+
+    def stacked(self, meta: TensorMeta) -> TensorMeta:
+        """``[K, ...]``."""
+        return TensorMeta((Dim(self.k), *meta.dims), meta.dtype, meta.device)
+
+    def folded(self, meta: TensorMeta) -> TensorMeta:
+        """``[N, K * C, ...]``."""
+        batch, channels, *rest = meta.dims
+        return TensorMeta((batch, Dim(self.k * channels.hint), *rest), meta.dtype, meta.device)
+
+    def can_fold(self, meta: TensorMeta) -> bool:
+        """True where there is a dimension of channels, whose number is fixed."""
+        return meta.ndim >= 2 and meta.dims[1].symbol is None
+
+    def meta_in(self, layout: Layout, meta: TensorMeta) -> TensorMeta:
+        """Of the fused tensor."""
+        if layout is Layout.STACK:
+            return self.stacked(meta)
+        return self.folded(meta) if layout is Layout.FOLD else meta
+
+    def stack(self, value: Value) -> fx.Node:
+        """The value as ``[K, ...]``."""
+        if value.layout is Layout.STACK:
+            return value.node
+        return self._cached(value, "stack", self._stack)
+
+    def _stack(self, value: Value) -> fx.Node:
+        wanted = self.stacked(value.meta)
+        if value.layout is Layout.SAME:
+            one = TensorMeta((Dim(1), *value.meta.dims), value.meta.dtype, value.meta.device)
+            lifted = self.build.call(aten.unsqueeze.default, (value.node, 0), one)
+            return self.build.call(aten.expand.default, (lifted, [self.k] + [-1] * value.meta.ndim), wanted)
+        return self.exchange(self.apart(value), wanted)
+
+    def exchange(self, node: fx.Node, value: TensorMeta) -> fx.Node:
+        """The first two dimensions in the other order."""
+        order = [1, 0, *range(2, value.ndim)]
+        return self.build.call(aten.permute.default, (node, order), value)
+
+    def apart(self, value: Value) -> fx.Node:
+        """A folded value as ``[N, K, C, ...]``."""
+        return self._cached(value, "apart", self._apart)
+
+    def _apart(self, value: Value) -> fx.Node:
+        batch, channels, *rest = value.meta.dims
+        meta = TensorMeta((batch, Dim(self.k), channels, *rest), value.meta.dtype, value.meta.device)
+        return self.build.call(aten.unflatten.int, (value.node, 1, [self.k, channels.hint]), meta)
+
+    def fold(self, value: Value) -> fx.Node:
+        """The value as ``[N, K * C, ...]``."""
+        if value.layout is Layout.FOLD:
+            return value.node
+        return self._cached(value, "fold", self._fold)
+
+    def _fold(self, value: Value) -> fx.Node:
+        wanted = self.folded(value.meta)
+        if value.layout is Layout.SAME:
+            times = [1, self.k] + [1] * (value.meta.ndim - 2)
+            return self.build.call(aten.repeat.default, (value.node, times), wanted)
+        batch, channels, *rest = value.meta.dims
+        middle = TensorMeta((batch, Dim(self.k), channels, *rest), wanted.dtype, wanted.device)
+        return self.flat(self.exchange(value.node, middle), 1, wanted)
+
+    def join(self, value: Value) -> fx.Node:
+        """The value as ``[K * N, ...]``: all models as one batch."""
+        return self._cached(value, "join", self._join)
+
+    def _join(self, value: Value) -> fx.Node:
+        return self.flat(self.stack(value), 0, self.joined(value.meta))
+
+    def joined(self, meta: TensorMeta) -> TensorMeta:
+        """``[K * N, ...]``."""
+        first, *rest = meta.dims
+        size = Dim(self.k * first.hint, None if first.symbol is None else f"{self.k}*({first.symbol})")
+        return TensorMeta((size, *rest), meta.dtype, meta.device)
+
+    def parted(self, node: fx.Node, meta: TensorMeta) -> Value:
+        """``[K * N, ...]`` as a stack."""
+        found = self.build.call(aten.unflatten.int, (node, 0, [self.k, -1]), self.stacked(meta))
+        return Value(found, Layout.STACK, meta)
+
+    def flat(self, node: fx.Node, dim: int, value: TensorMeta) -> fx.Node:
+        """Two neighbouring dimensions as one."""
+        return self.build.call(aten.flatten.using_ints, (node, dim, dim + 1), value)
+
+    def rows(self, value: Value) -> fx.Node:
+        """A parameter ``[K, C, ...]`` as ``[K * C, ...]``."""
+        return self._cached(value, "rows", self._join)
+
+    def aligned(self, value: Value, rank: int) -> fx.Node:
+        """A stack with dimensions of one behind the first, to broadcast like a tensor of ``rank``."""
+        node = self.stack(value)
+        missing = rank - value.meta.ndim
+        if not missing:
+            return node
+        return self._cached(value, f"aligned {rank}", lambda _: self._lifted(node, value.meta, missing))
+
+    def _lifted(self, node: fx.Node, meta: TensorMeta, missing: int) -> fx.Node:
+        dims = (Dim(self.k), *[Dim(1)] * missing, *meta.dims)
+        lifted = TensorMeta(dims, meta.dtype, meta.device)
+        return self.build.call(aten.unflatten.int, (node, 0, [self.k] + [1] * missing), lifted)
+
+    def part(self, value: Value, number: int) -> fx.Node:
+        """One model's value."""
+        if value.layout is Layout.SAME:
+            return value.node
+        return self._cached(value, f"part {number}", lambda value: self._part(value, number))
+
+    def _part(self, value: Value, number: int) -> fx.Node:
+        return self.build.call(aten.select.int, (self.stack(value), 0, number), value.meta)
+
+    def _cached(self, value: Value, what: str, make: Callable[[Value], fx.Node]) -> fx.Node:
+        key = (value.node, what)
+        if key not in self._as:
+            self._as[key] = make(value)
+        return self._as[key]
+
+    # -- ops -------------------------------------------------------------------------------------------------
+
+    def value(self, node: Any) -> Any:
+        """What stands for a node: a `Value`, several of them, or a number's node; anything else as it is."""
+        return self._values[node] if isinstance(node, fx.Node) else node
+
+    def lookup(self, argument: Any) -> Any:
+        """An argument with nodes of the fused graph for sizes and flags, and with values for tensors."""
+        return pytree.tree_map(self.value, argument, is_leaf=lambda x: isinstance(x, fx.Node))
+
+    def _call(self, node: fx.Node) -> Any:
+        if node.target is operator.getitem:
+            found = self.value(node_arg(node))
+            return found[node.args[1]]
+        given = self.lookup((node.args, node.kwargs))
+        operands = [item for item in _leaves(given) if isinstance(item, Value)]
+        overload = isinstance(node.target, torch._ops.OpOverload)
+        if all(item.layout is Layout.SAME for item in operands) and not (overload and draws(node)):
+            return self._as_it_is(node, given)
+        if node.target is aten.copy_.default:
+            buffer, value = operands
+            return self.call(node.target, (self.stack(buffer), self.stack(value)), Layout.STACK, buffer.meta)
+        if overload and base_name(node) in RULES:
+            found = RULES[base_name(node)](self, node, self.arguments(node))
+            if found is not None:
+                return found
+        return self._loop(node, given)
+
+    def _as_it_is(self, node: fx.Node, given: Any) -> Any:
+        args, kwargs = _nodes(given)
+        made = self.build.call(node.target, args, node.meta.get("value"), kwargs)
+        return self.wrap(made, Layout.SAME, node.meta.get("value"))
+
+    def wrap(self, made: fx.Node, layout: Layout, meta: Any) -> Any:
+        """The value, or values, that an op gives, of which ``meta`` is that of one model."""
+        if isinstance(meta, TensorMeta):
+            return Value(made, layout, meta)
+        if not isinstance(meta, tuple):
+            return made
+        return tuple(
+            Value(
+                self.build.call(operator.getitem, (made, position), self.meta_in(layout, item)), layout, item
+            )
+            if isinstance(item, TensorMeta)
+            else item
+            for position, item in enumerate(meta)
+        )
+
+    def _loop(self, node: fx.Node, given: Any) -> Any:
+        """The op once for each model."""
+        self.looped[op_name(node)] += 1
+        meta = node.meta.get("value")
+        results = []
+        for number in range(self.k):
+            args, kwargs = self._parts(given, number)
+            results.append(self.build.call(node.target, args, meta, kwargs))
+        if isinstance(meta, TensorMeta):
+            return self._together(results, meta)
+        if not isinstance(meta, tuple):
+            return results[0]
+        return tuple(
+            self._together(
+                [self.build.call(operator.getitem, (made, position), item) for made in results], item
+            )
+            if isinstance(item, TensorMeta)
+            else item
+            for position, item in enumerate(meta)
+        )
+
+    def _parts(self, given: Any, number: int) -> Any:
+        return pytree.tree_map(lambda x: self.part(x, number) if isinstance(x, Value) else x, given)
+
+    def _together(self, results: Sequence[fx.Node], meta: TensorMeta) -> Value:
+        made = self.build.call(aten.stack.default, (list(results), 0), self.stacked(meta))
+        return Value(made, Layout.STACK, meta)
+
+    def arguments(self, node: fx.Node) -> dict[str, Any]:
+        """Arguments by name, defaults too, with values for tensors."""
+        found = {}
+        for position, argument in enumerate(overload_of(node)._schema.arguments):
+            if argument.name in node.kwargs:
+                given: Any = node.kwargs[argument.name]
+            elif not argument.kwarg_only and position < len(node.args):
+                given = node.args[position]
+            else:
+                given = argument.default_value
+            found[argument.name] = self.lookup(given)
+        return found
+
+    def invoke(self, node: fx.Node, arguments: Mapping[str, Any], layout: Layout) -> Any:
+        """The op of a node with other arguments; tensors are nodes already."""
+        args, kwargs = [], {}
+        for argument in overload_of(node)._schema.arguments:
+            value = arguments[argument.name]
+            if not argument.kwarg_only:
+                args.append(value)
+            elif value != argument.default_value:
+                kwargs[argument.name] = value
+        meta = node.meta.get("value")
+        value = (
+            tuple(self.meta_in(layout, item) if isinstance(item, TensorMeta) else item for item in meta)
+            if isinstance(meta, tuple)
+            else self.meta_in(layout, meta)
+            if isinstance(meta, TensorMeta)
+            else meta
+        )
+        return self.wrap(self.build.call(node.target, tuple(args), value, kwargs), layout, meta)
+
+    def call(self, target: Any, args: tuple[Any, ...], layout: Layout, meta: TensorMeta) -> Value:
+        """An op that gives a value with the meta of one model."""
+        return Value(self.build.call(target, args, self.meta_in(layout, meta)), layout, meta)
+
+
+def _leaves(tree: Any) -> list[Any]:
+    return pytree.tree_leaves(tree, is_leaf=lambda x: isinstance(x, (Value, slice)))
+
+
+def _nodes(tree: Any) -> Any:
+    """Values as nodes."""
+    return pytree.tree_map(lambda x: x.node if isinstance(x, Value) else x, tree)

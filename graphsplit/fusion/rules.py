@@ -1,0 +1,539 @@
+"""Rules of fusion: how an op of one model is done for K models at once."""
+
+from __future__ import annotations
+
+import string
+from typing import Any
+
+from torch import fx
+
+from graphsplit.analysis.rules.pointwise import NARY, UNARY
+from graphsplit.builder import aten
+from graphsplit.fusion.fuser import Fuser, Layout, Result, Value, draws, rule
+from graphsplit.graphs import base_name
+from graphsplit.program import Dim, TensorMeta, meta_of
+
+Arguments = dict[str, Any]
+SAME, STACK, FOLD = Layout.SAME, Layout.STACK, Layout.FOLD
+
+
+def _values(arguments: Arguments) -> list[Value]:
+    """Tensors among arguments, those of lists too."""
+    found = []
+    for argument in arguments.values():
+        items = argument if isinstance(argument, (list, tuple)) else [argument]
+        found += [item for item in items if isinstance(item, Value)]
+    return found
+
+
+def _with(arguments: Arguments, change: Any) -> Arguments:
+    """Arguments with every value changed to a node."""
+
+    def changed(item: Any) -> Any:
+        if isinstance(item, Value):
+            return change(item)
+        if isinstance(item, (list, tuple)):
+            return [changed(each) for each in item]
+        return item
+
+    return {name: changed(argument) for name, argument in arguments.items()}
+
+
+# -- entry by entry ------------------------------------------------------------------------------------------
+
+_BY_CHANNEL = {"feature_dropout", "feature_alpha_dropout"}
+
+
+@rule(*(name for name in (*UNARY, *NARY) if name not in _BY_CHANNEL), "to", "_to_copy", "type_as", "prelu")
+def pointwise(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
+    """Broadcasting as in one model: on folded values where all can be, else on stacks."""
+    meta = node.meta.get("value")
+    if not isinstance(meta, TensorMeta) or base_name(node) == "prelu":
+        return None
+    if base_name(node) == "type_as":
+        arguments = {**arguments, "other": Value(arguments["other"].node, SAME, arguments["other"].meta)}
+    values = _values(arguments)
+    if any(value.layout is FOLD for value in values) and fuser.can_fold(meta):
+        nodes = {value: _foldable(fuser, value, meta) for value in values}
+        if all(found is not None for found in nodes.values()):
+            return fuser.invoke(node, _with(arguments, nodes.__getitem__), FOLD)  # type: ignore[no-any-return]
+
+    def stacked(value: Value) -> fx.Node:
+        if value.layout is SAME and not (draws(node) and value.meta.ndim == meta.ndim):
+            return value.node
+        return fuser.aligned(value, meta.ndim)
+
+    return fuser.invoke(node, _with(arguments, stacked), STACK)  # type: ignore[no-any-return]
+
+
+def _foldable(fuser: Fuser, value: Value, result: TensorMeta) -> fx.Node | None:
+    """An operand that broadcasts against folded values; None where it has to be a stack."""
+    channels, own = result.shape[1], value.meta
+    if value.layout is FOLD:
+        return value.node if own.ndim == result.ndim and own.shape[1] == channels else None
+    place = 1 - (result.ndim - own.ndim)  # where the operand's channels are
+    many = place >= 0 and own.shape[place] == channels and channels > 1
+    if value.layout is SAME and not many:
+        return value.node
+    if not many:
+        return None
+    if place == 1:
+        return fuser.fold(value) if own.dims[1].symbol is None else None
+    if value.layout is STACK:
+        return fuser.rows(value)
+    return None
+
+
+# -- images --------------------------------------------------------------------------------------------------
+
+
+def _rank(name: str) -> int | None:
+    """Dimensions that an op on images takes with a batch: 4 for ``max_pool2d``."""
+    digits = [int(letter) for letter in name if letter in "123"]
+    return digits[0] + 2 if digits else None
+
+
+@rule(
+    *(f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for n in (1, 2, 3)),
+    *(f"max_pool{n}d_with_indices" for n in (1, 2, 3)),
+    *(f"upsample_{kind}" for kind in ("nearest1d", "nearest2d", "nearest3d", "linear1d", "bilinear2d")),
+    "upsample_trilinear3d", "upsample_bicubic2d", "_upsample_nearest_exact2d", "_upsample_bilinear2d_aa",
+    "_upsample_bicubic2d_aa", "feature_dropout", "feature_alpha_dropout", "pixel_shuffle", "pixel_unshuffle",
+)  # fmt: skip
+def by_channel(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
+    """Each channel of each image by itself."""
+    first, *others = arguments
+    x, rank = arguments[first], _rank(base_name(node)) or (4 if "pixel" in base_name(node) else None)
+    if not isinstance(x, Value) or (rank is not None and x.meta.ndim != rank) or x.meta.ndim < 3:
+        return None
+    if any(isinstance(arguments[name], Value) for name in others):
+        return None
+    if x.layout is FOLD:
+        return fuser.invoke(node, {**arguments, first: x.node}, FOLD)  # type: ignore[no-any-return]
+    return _as_one_batch(fuser, node, {**arguments, first: fuser.join(x)})
+
+
+def _as_one_batch(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
+    """The op on ``[K * N, ...]``."""
+    meta = node.meta.get("value")
+    if not isinstance(meta, TensorMeta):
+        return None
+    arranged = {name: arguments[name] for name in arguments}
+    args = [arranged[a.name] for a in node.target._schema.arguments if not a.kwarg_only]  # type: ignore[union-attr]
+    kwargs = {
+        a.name: arranged[a.name]
+        for a in node.target._schema.arguments  # type: ignore[union-attr]
+        if a.kwarg_only and arranged[a.name] != a.default_value
+    }
+    made = fuser.build.call(node.target, tuple(args), fuser.joined(meta), kwargs)
+    return fuser.parted(made, meta)
+
+
+@rule(
+    "pad", "constant_pad_nd", "reflection_pad2d", "replication_pad2d", "reflection_pad1d", "replication_pad1d"
+)
+def pad(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
+    """Padding of what is behind batch and channels; of a stack as one batch."""
+    first = next(iter(arguments))
+    x, sizes = arguments[first], arguments.get("pad", arguments.get("padding"))
+    assert isinstance(x, Value) and sizes is not None
+    behind = len(sizes) // 2
+    if x.layout is FOLD and behind <= x.meta.ndim - 2:
+        return fuser.invoke(node, {**arguments, first: x.node}, FOLD)  # type: ignore[no-any-return]
+    if behind <= x.meta.ndim - 1:
+        return _as_one_batch(fuser, node, {**arguments, first: fuser.join(x)})
+    return None
+
+
+@rule("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+def convolution(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
+    """A grouped convolution; where the input is the same for all, one with K times the filters."""
+    name = base_name(node)
+    x, weight, bias = arguments["input"], arguments["weight"], arguments["bias"]
+    if x.meta.ndim != _rank(name) or weight.layout is not STACK or not fuser.can_fold(x.meta):
+        return None
+    if isinstance(bias, Value) and bias.layout is not STACK:
+        return None
+    groups = arguments["groups"]
+    whole = x.layout is SAME and groups == 1 and "transpose" not in name
+    changed = {
+        "input": x.node if whole else fuser.fold(x),
+        "weight": fuser.rows(weight),
+        "bias": None if bias is None else fuser.rows(bias),
+        "groups": 1 if whole else groups * fuser.k,
+    }
+    return fuser.invoke(node, {**arguments, **changed}, FOLD)  # type: ignore[no-any-return]
+
+
+@rule("batch_norm", "instance_norm", "group_norm")
+def norm_of_channels(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
+    """Statistics of each model's channels: their own, as channels stand side by side."""
+    x, *others = _values(arguments)
+    if not fuser.can_fold(x.meta) or any(value.layout is not STACK for value in others):
+        return None
+    changed = _with(arguments, lambda value: fuser.fold(value) if value is x else fuser.rows(value))
+    if "num_groups" in changed:
+        changed["num_groups"] *= fuser.k
+    return fuser.invoke(node, changed, FOLD)  # type: ignore[no-any-return]
+
+
+# -- products ------------------------------------------------------------------------------------------------
+
+
+@rule("linear")
+def linear(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
+    """One product of K matrices; of an input that is the same for all, one of a K times larger matrix."""
+    x, weight, bias = arguments["input"], arguments["weight"], arguments["bias"]
+    meta = meta_of(node)
+    if weight.layout is not STACK or weight.meta.ndim != 2 or x.meta.ndim < 2:
+        return None
+    if isinstance(bias, Value) and bias.layout is not STACK:
+        return None
+    if x.layout is SAME:
+        return _of_one_input(fuser, node, x, weight, bias)
+    build, k = fuser.build, fuser.k
+    given = fuser.stack(x)
+    rows = Dim(_size(x.meta, range(x.meta.ndim - 1)), _symbol(x.meta, range(x.meta.ndim - 1)))
+    if x.meta.ndim > 2:
+        flat = TensorMeta((Dim(k), rows, x.meta.dims[-1]), meta.dtype, meta.device)
+        given = build.call(aten.flatten.using_ints, (given, 1, x.meta.ndim - 1), flat)
+    turned = TensorMeta((Dim(k), *reversed(weight.meta.dims)), weight.meta.dtype, weight.meta.device)
+    matrix = build.call(aten.transpose.int, (weight.node, 1, 2), turned)
+    product = TensorMeta((Dim(k), rows, meta.dims[-1]), meta.dtype, meta.device)
+    if bias is None:
+        made = build.call(aten.bmm.default, (given, matrix), product)
+    else:
+        row = TensorMeta((Dim(k), Dim(1), *bias.meta.dims), bias.meta.dtype, bias.meta.device)
+        lifted = build.call(aten.unsqueeze.default, (bias.node, 1), row)
+        made = build.call(aten.baddbmm.default, (lifted, given, matrix), product)
+    if meta.ndim > 2:
+        sizes = _sizes(fuser, x, range(meta.ndim - 1))
+        made = build.call(aten.unflatten.int, (made, 1, sizes), fuser.stacked(meta))
+    return Value(made, STACK, meta)
+
+
+def _of_one_input(fuser: Fuser, node: fx.Node, x: Value, weight: Value, bias: Value | None) -> Value:
+    meta = meta_of(node)
+    *batch, width = meta.dims
+    wide = TensorMeta((*batch, Dim(fuser.k * width.hint)), meta.dtype, meta.device)
+    rows = None if bias is None else fuser.rows(bias)
+    made = fuser.build.call(aten.linear.default, (x.node, fuser.rows(weight), rows), wide)
+    if meta.ndim == 2:
+        return Value(made, FOLD, meta)
+    apart = TensorMeta((*batch, Dim(fuser.k), width), meta.dtype, meta.device)
+    made = fuser.build.call(aten.unflatten.int, (made, meta.ndim - 1, [fuser.k, width.hint]), apart)
+    order = [meta.ndim - 1, *range(meta.ndim - 1), meta.ndim]
+    return Value(fuser.build.call(aten.permute.default, (made, order), fuser.stacked(meta)), STACK, meta)
+
+
+def _size(meta: TensorMeta, dims: range) -> int:
+    found = 1
+    for dim in dims:
+        found *= meta.shape[dim]
+    return found
+
+
+def _symbol(meta: TensorMeta, dims: range) -> str | None:
+    if all(meta.dims[dim].symbol is None for dim in dims):
+        return None
+    return "*".join(f"({meta.dims[dim]})" for dim in dims)
+
+
+def _sizes(fuser: Fuser, x: Value, dims: range) -> list[Any]:
+    """Sizes of a value's dimensions, of which one may be left open."""
+    sizes: list[Any] = []
+    for dim in dims:
+        size = x.meta.dims[dim]
+        if size.symbol is None:
+            sizes.append(size.hint)
+        elif -1 not in sizes:
+            sizes.append(-1)
+        else:
+            sizes.append(fuser.build.call(aten.sym_size.int, (fuser.stack(x), dim + 1), size))
+    return sizes
+
+
+@rule("addmm")
+def addmm(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
+    """One batched product."""
+    bias, x, y = arguments["self"], arguments["mat1"], arguments["mat2"]
+    if arguments["beta"] != 1 or arguments["alpha"] != 1:
+        return None
+    nodes = (fuser.aligned(bias, 2), fuser.stack(x), fuser.stack(y))
+    return fuser.call(aten.baddbmm.default, nodes, STACK, meta_of(node))
+
+
+@rule("matmul", "bmm", "mm")
+def matmul(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
+    """The stack is one more dimension of the batch."""
+    x, y = _values(arguments)
+    if min(x.meta.ndim, y.meta.ndim) < 2:
+        return None
+    rank = max(x.meta.ndim, y.meta.ndim)
+    nodes = [
+        value.node if value.layout is SAME and rank > 2 else fuser.aligned(value, rank) for value in (x, y)
+    ]
+    return fuser.call(aten.matmul.default, tuple(nodes), STACK, meta_of(node))
+
+
+@rule("baddbmm")
+def baddbmm(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
+    """As one batch of K times as many products."""
+    values = _values(arguments)
+    if any(value.meta.ndim != 3 for value in values):
+        return None
+    return _as_one_batch(fuser, node, _with(arguments, fuser.join))
+
+
+@rule("einsum")
+def einsum(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
+    """One letter more, for the models."""
+    equation = str(arguments["equation"]).replace(" ", "")
+    if "->" not in equation or arguments["path"] is not None:
+        return None
+    given, wanted = equation.split("->")
+    letter = next(each for each in string.ascii_letters if each not in equation)
+    terms = [
+        term if value.layout is SAME else letter + term
+        for term, value in zip(given.split(","), arguments["tensors"], strict=True)
+    ]
+    nodes = [value.node if value.layout is SAME else fuser.stack(value) for value in arguments["tensors"]]
+    changed = f"{','.join(terms)}->{letter}{wanted}"
+    return fuser.call(aten.einsum.default, (changed, nodes), STACK, meta_of(node))
+
+
+@rule("scaled_dot_product_attention")
+def attention(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
+    """All models as one batch."""
+    operands = [arguments[name] for name in ("query", "key", "value")]
+    mask = arguments["attn_mask"]
+    if any(value.meta.ndim != 4 for value in operands):
+        return None
+    if isinstance(mask, Value):
+        alike = mask.layout is SAME and (mask.meta.ndim < 4 or mask.meta.dims[0] == Dim(1))
+        if not alike and (mask.meta.ndim != 4 or mask.meta.dims[0] != operands[0].meta.dims[0]):
+            return None
+        mask = mask.node if alike else fuser.join(mask)
+    nodes = dict(zip(("query", "key", "value"), map(fuser.join, operands), strict=True))
+    return _as_one_batch(fuser, node, {**arguments, **nodes, "attn_mask": mask})
+
+
+@rule("embedding")
+def embedding(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
+    """One table of K times as many rows, in which each model's indices start behind those before."""
+    table, indices = arguments["weight"], arguments["indices"]
+    if table.layout is not STACK or arguments["padding_idx"] != -1 or arguments["scale_grad_by_freq"]:
+        return None
+    if arguments["sparse"]:
+        return None
+    build, k, size = fuser.build, fuser.k, table.meta.shape[0]
+    shape = TensorMeta((Dim(k), *[Dim(1)] * indices.meta.ndim), indices.meta.dtype, indices.meta.device)
+    steps = TensorMeta((Dim(k),), indices.meta.dtype, indices.meta.device)
+    options = {"dtype": indices.meta.dtype, "device": indices.meta.device}
+    offsets = build.call(aten.arange.start_step, (0, k * size, size), steps, options)
+    if indices.meta.ndim:
+        offsets = build.call(aten.unflatten.int, (offsets, 0, [k] + [1] * indices.meta.ndim), shape)
+    given = indices.node if indices.layout is SAME else fuser.stack(indices)
+    moved = build.call(aten.add.Tensor, (given, offsets), fuser.stacked(indices.meta))
+    return fuser.call(aten.embedding.default, (fuser.rows(table), moved), STACK, meta_of(node))
+
+
+@rule("layer_norm", "rms_norm")
+def norm_of_rows(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
+    """Without weights, which follow by themselves."""
+    first = "input"
+    x, meta = arguments[first], meta_of(node)
+    weight, bias = arguments["weight"], arguments.get("bias")
+    bare = {**arguments, first: x.node if x.layout is SAME else fuser.stack(x), "weight": None}
+    if "bias" in bare:
+        bare["bias"] = None
+    found = fuser.invoke(node, bare, SAME if x.layout is SAME else STACK)
+    for target, operand in ((aten.mul.Tensor, weight), (aten.add.Tensor, bias)):
+        if isinstance(operand, Value):
+            left = found.node if found.layout is SAME else fuser.aligned(found, meta.ndim)
+            found = fuser.call(target, (left, fuser.aligned(operand, meta.ndim)), STACK, meta)
+    return found  # type: ignore[no-any-return]
+
+
+# -- dimensions ----------------------------------------------------------------------------------------------
+
+_ONE = {
+    "softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp", "sum", "mean",
+    "var", "std", "amax", "amin", "max", "min", "argmax", "argmin", "topk", "sort", "argsort", "any", "all",
+    "prod", "logsumexp", "linalg_vector_norm", "norm", "squeeze", "flip", "select", "slice", "narrow",
+    "split",
+    "split_with_sizes", "chunk", "unbind", "cat", "glu", "cosine_similarity", "diff", "count_nonzero",
+    "tensor_split", "cummax", "cummin", "roll", "gather", "transpose", "swapaxes", "movedim",
+    "unfold", "flatten", "unflatten", "index_select", "scatter", "scatter_add", "softmin", "normalize",
+}  # fmt: skip
+_NAMES = ("dim", "dim0", "dim1", "dims", "axis0", "axis1", "source", "destination", "dimension", "start_dim",
+          "end_dim")  # fmt: skip
+_REDUCES_ALL = {
+    "sum", "mean", "var", "std", "amax", "amin", "max", "min", "any", "all", "prod", "norm", "argmax",
+    "argmin", "linalg_vector_norm", "squeeze", "flip", "roll", "count_nonzero",
+}  # fmt: skip
+_FOLDED = _ONE - {"cosine_similarity", "unbind", "movedim", "norm", "index_select", "unflatten"}
+
+
+@rule(*_ONE)
+def along(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
+    """The same dimension, one further on; on folded values where it is behind the channels."""
+    if "other" in arguments and base_name(node) in ("max", "min"):
+        return pointwise(fuser, node, arguments)
+    keep = arguments.get("index") if base_name(node) == "index_select" else None
+    if keep is not None and keep.layout is not SAME:
+        return None
+    moving = [value for value in _values(arguments) if value is not keep]
+    rank = moving[0].meta.ndim
+    if not rank or any(value.meta.ndim != rank for value in moving):
+        return None
+    dims = {name: arguments[name] for name in _NAMES if name in arguments}
+    if base_name(node) in _REDUCES_ALL and all(dim is None or dim == [] for dim in dims.values()):
+        return None
+    places = {name: _normal(dim, rank) for name, dim in dims.items() if dim is not None}
+    folded = _along_folded(fuser, node, arguments, moving, places)
+    if folded is not None:
+        return folded
+    shifted = {name: _shift(place) for name, place in places.items()}
+
+    def stacked(value: Value) -> fx.Node:
+        return value.node if value is keep else fuser.stack(value)
+
+    return fuser.invoke(node, {**_with(arguments, stacked), **shifted}, STACK)  # type: ignore[no-any-return]
+
+
+def _along_folded(
+    fuser: Fuser, node: fx.Node, arguments: Arguments, values: list[Value], places: dict[str, Any]
+) -> Result | None:
+    if base_name(node) not in _FOLDED or any(value.layout is not FOLD for value in values):
+        return None
+    metas = node.meta.get("value")
+    results = [item for item in (metas if isinstance(metas, tuple) else (metas,))]
+    if not all(isinstance(item, TensorMeta) and fuser.can_fold(item) for item in results):
+        return None
+    flat = [place for entry in places.values() for place in (entry if isinstance(entry, list) else [entry])]
+    first = 1 if base_name(node) == "flatten" else 2
+    if flat and min(flat) >= first:
+        return fuser.invoke(node, {**_with(arguments, lambda value: value.node), **places}, FOLD)  # type: ignore[no-any-return]
+    if flat == [1] and base_name(node) in ("cat", "chunk", "split", "split_with_sizes", "slice", "narrow"):
+        return _along_channels(fuser, node, arguments, next(iter(places)))
+    return None
+
+
+def _along_channels(fuser: Fuser, node: fx.Node, arguments: Arguments, name: str) -> Result | None:
+    """On ``[N, K, C, ...]``, where models and their channels are apart."""
+
+    def apart(meta: TensorMeta) -> TensorMeta:
+        batch, channels, *rest = meta.dims
+        return TensorMeta((batch, Dim(fuser.k), channels, *rest), meta.dtype, meta.device)
+
+    meta = node.meta["value"]
+    given = {**_with(arguments, fuser.apart), name: 2}
+    args = tuple(given[a.name] for a in node.target._schema.arguments)  # type: ignore[union-attr]
+    if isinstance(meta, TensorMeta):
+        made = fuser.build.call(node.target, args, apart(meta))
+        return Value(fuser.flat(made, 1, fuser.folded(meta)), FOLD, meta)
+    made = fuser.build.call(node.target, args, tuple(apart(item) for item in meta))
+    pieces = fuser.wrap(made, SAME, tuple(apart(item) for item in meta))
+    return tuple(
+        Value(fuser.flat(piece.node, 1, fuser.folded(item)), FOLD, item)
+        for piece, item in zip(pieces, meta, strict=True)
+    )
+
+
+def _normal(dim: Any, rank: int) -> Any:
+    return [_normal(each, rank) for each in dim] if isinstance(dim, (list, tuple)) else dim % rank
+
+
+def _shift(dim: Any) -> Any:
+    return [_shift(each) for each in dim] if isinstance(dim, (list, tuple)) else dim + 1
+
+
+@rule("permute")
+def permute(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
+    """The models stay in front."""
+    x = arguments["self"]
+    order = [0, *(dim % x.meta.ndim + 1 for dim in arguments["dims"])]
+    return fuser.call(aten.permute.default, (fuser.stack(x), order), STACK, meta_of(node))
+
+
+@rule("t", "numpy_T", "mT")
+def transposed(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
+    """The last two dimensions."""
+    (x,) = _values(arguments)
+    if x.meta.ndim != 2:
+        return None
+    return fuser.call(aten.transpose.int, (fuser.stack(x), 1, 2), STACK, meta_of(node))
+
+
+@rule("unsqueeze", "stack")
+def new_dimension(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
+    """One further on."""
+    values = _values(arguments)
+    dim = arguments["dim"] % (values[0].meta.ndim + 1)
+    if dim >= 2 and all(value.layout is FOLD for value in values):
+        nodes = _with(arguments, lambda value: value.node)
+        return fuser.invoke(node, {**nodes, "dim": dim}, FOLD)  # type: ignore[no-any-return]
+    return fuser.invoke(node, {**_with(arguments, fuser.stack), "dim": dim + 1}, STACK)  # type: ignore[no-any-return]
+
+
+@rule("view", "reshape", "_unsafe_view")
+def reshape(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
+    """The same sizes behind K; what becomes one row for each example stays folded."""
+    x, meta = arguments["self"], meta_of(node)
+    sizes = list(arguments["size"] if "size" in arguments else arguments["shape"])
+    if x.layout is FOLD and meta.ndim == 2 and meta.dims[0] == x.meta.dims[0] and fuser.can_fold(meta):
+        return fuser.call(aten.flatten.using_ints, (x.node, 1, -1), FOLD, meta)
+    return fuser.call(aten.reshape.default, (fuser.stack(x), [fuser.k, *sizes]), STACK, meta)
+
+
+@rule("expand", "broadcast_to")
+def expand(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
+    """The same sizes behind K."""
+    x, meta = arguments["self"], meta_of(node)
+    sizes = arguments["size"]
+    return fuser.call(aten.expand.default, (fuser.aligned(x, meta.ndim), [fuser.k, *sizes]), STACK, meta)
+
+
+@rule("repeat")
+def repeat(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
+    """Once along the models."""
+    meta = meta_of(node)
+    times = [1, *arguments["repeats"]]
+    return fuser.call(aten.repeat.default, (fuser.aligned(arguments["self"], meta.ndim), times), STACK, meta)
+
+
+@rule("tril", "triu", "view_as_complex", "view_as_real")
+def of_the_last(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
+    """Ops on the last dimensions, for which all others are a batch."""
+    return fuser.invoke(node, _with(arguments, fuser.stack), STACK)  # type: ignore[no-any-return]
+
+
+@rule("sym_size")
+def size(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
+    """Of the dimension of one model."""
+    x, dim = arguments["self"], arguments["dim"]
+    dim %= x.meta.ndim
+    place = dim + 1 if x.layout is STACK else dim
+    if x.layout is FOLD and dim == 1:
+        return None
+    return fuser.build.call(aten.sym_size.int, (x.node, place), node.meta["value"])  # type: ignore[return-value]
+
+
+@rule("new_zeros", "new_ones", "new_full", "new_empty")
+def new(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
+    """The same for all: only dtype and device come from the tensor."""
+    return fuser.invoke(node, _with(arguments, lambda value: value.node), SAME)  # type: ignore[no-any-return]
+
+
+@rule("index")
+def index(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
+    """Indices that are the same for all, with the dimension of the models left as it is."""
+    x, indices = arguments["self"], arguments["indices"]
+    places = [place for place, item in enumerate(indices) if isinstance(item, Value)]
+    if any(indices[place].layout is not SAME for place in places):
+        return None
+    if places != list(range(places[0], places[-1] + 1)):
+        return None  # the indexed dimension would come first, before that of the models
+    given = [None, *(item.node if isinstance(item, Value) else item for item in indices)]
+    return fuser.call(aten.index.Tensor, (fuser.stack(x), given), STACK, meta_of(node))

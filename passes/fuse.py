@@ -1,0 +1,189 @@
+"""K programs of one architecture as one that does the work of all of them.
+
+Before, for K = 2::
+
+    y_0 = conv2d(x, w_0); z_0 = relu(y_0)
+    y_1 = conv2d(x, w_1); z_1 = relu(y_1)
+
+After::
+
+    y = conv2d(x, cat([w_0, w_1])); z = relu(y)
+
+Weights stand on a leading dimension of K, and so do the outputs. Random numbers are drawn for each model by
+itself, running statistics are each model's own (horizontal fusion: HFTA, Wang et al., MLSys 2021).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from graphsplit.builder import aten
+from graphsplit.errors import PartitionError, PlanError, UnsupportedError
+from graphsplit.fusion import rules as _rules  # noqa: F401  (registers the rules)
+from graphsplit.fusion.fuser import Fuser
+from graphsplit.graphs import node_arg
+from graphsplit.passes.base import Pass, PassResult, Programs
+from graphsplit.program import TRAINING, Dim, Program, StateEntry, TensorMeta, op_name, source_of
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A fused program, and how it came about.
+
+    Attributes:
+        program: All K models; every output has a leading dimension of K.
+        k: Number of models.
+        same: For each state tensor whether all models share one, which holds for buffers that are equal and
+            never written; others have a leading dimension of K.
+        looped: How many ops of each name run once for each model.
+    """
+
+    program: Program
+    k: int
+    same: Mapping[str, bool]
+    looped: Mapping[str, int]
+
+
+def fuse(programs: Sequence[Program], *, own_inputs: bool = False) -> Fused:
+    """One program of K.
+
+    Args:
+        programs: They have the same ops on the same shapes, and values of their own.
+        own_inputs: Every input has a leading dimension of K, one for each model; else all see the same.
+
+    Raises:
+        PartitionError: There are no programs.
+        UnsupportedError: They are not of one architecture; the first difference is named.
+    """
+    if not programs:
+        raise PartitionError("there are no models to fuse")
+    first, k = programs[0], len(programs)
+    for number, program in enumerate(programs[1:], start=1):
+        _check_alike(first, program, number)
+    written = {name for graph in first.graphs for name in _written(graph)}
+    same = {name: name not in written and _is_same(programs, name) for name in first.state}
+    constants: dict[str, StateEntry] = {}
+    graphs = []
+    looped: dict[str, int] = {}
+    for graph in first.graphs:
+        fuser = Fuser(k, same, constants)
+        graphs.append(fuser.run(graph, own_inputs=own_inputs))
+        looped.update(fuser.looped)
+    state = {
+        name: replace(
+            entry, tensor=entry.tensor if same[name] else stacked([p.state[name] for p in programs])
+        )
+        for name, entry in first.state.items()
+    }
+    signature = first.signature
+    if own_inputs:
+        inputs = tuple(TensorMeta((Dim(k), *meta.dims), meta.dtype, meta.device) for meta in signature.inputs)
+        signature = replace(signature, inputs=inputs)
+    fused = replace(
+        first,
+        name=f"{first.name}.fused{k}",
+        graphs=tuple(graphs),
+        state=state | constants,
+        signature=signature,
+    )
+    return Fused(fused, k, same, looped)
+
+
+def stacked(entries: Sequence[StateEntry]) -> Tensor:
+    """The values of K models on a leading dimension."""
+    tensor = torch.stack([entry.tensor.detach() for entry in entries])
+    return tensor.requires_grad_(entries[0].tensor.requires_grad)
+
+
+def part_of(fused: Fused, state: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
+    """State of one model, as views of that of all."""
+    return {
+        name: state[name] if same else state[name][number]
+        for name, same in fused.same.items()
+        if name in state
+    }
+
+
+def _is_same(programs: Sequence[Program], name: str) -> bool:
+    """One tensor serves all: of a buffer or constant whose values are equal."""
+    first = programs[0].state[name]
+    if first.kind == "parameter" or first.tensor.is_meta:
+        return False
+    return all(torch.equal(first.tensor, program.state[name].tensor) for program in programs[1:])
+
+
+def _written(graph: fx.Graph) -> set[str]:
+    """State that the graph changes."""
+    found = set()
+    for node in graph.find_nodes(op="call_function", target=aten.copy_.default):
+        found.add(str(node_arg(node).target))
+    for node in graph.find_nodes(op="call_function", target=aten.batch_norm.default):
+        found |= {str(item.target) for item in node.args[3:5] if isinstance(item, fx.Node)}
+    for node in graph.find_nodes(op="call_function", target=aten.instance_norm.default):
+        found |= {str(item.target) for item in node.args[3:5] if isinstance(item, fx.Node)}
+    return found
+
+
+def _check_alike(first: Program, other: Program, number: int) -> None:
+    """Raise where two programs are not of one architecture."""
+    hint = "fuse models of one class and one size; sub-models of uneven shares differ"
+    if first.state.keys() != other.state.keys() or len(first.graphs) != len(other.graphs):
+        lost = sorted(first.state.keys() ^ other.state.keys())
+        raise UnsupportedError(
+            f"model {number} is of another architecture than model 0"
+            + (f": only one of them has {lost[0]}" if lost else ""),
+            hint=hint,
+        )
+    for name, entry in first.state.items():
+        found = other.state[name]
+        if found.tensor.shape != entry.tensor.shape or found.tensor.dtype != entry.tensor.dtype:
+            raise UnsupportedError(
+                f"{name} is {_words(entry.tensor)} in model 0 and {_words(found.tensor)} in model {number}",
+                hint=hint,
+            )
+    for one, two in zip(first.graphs, other.graphs, strict=True):
+        if one is not two:
+            _check_same_graph(one, two, number, hint)
+
+
+def _words(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
+def _check_same_graph(one: fx.Graph, two: fx.Graph, number: int, hint: str) -> None:
+    names: dict[fx.Node, fx.Node] = {}
+    nodes = [list(one.nodes), list(two.nodes)]
+    for a, b in zip(*nodes, strict=False):
+        names[a] = b
+        wanted: Any = fx.map_arg((a.args, a.kwargs), names.__getitem__)
+        state = a.op != "get_attr" or a.target == b.target or TRAINING in (a.target, b.target)
+        if (a.op, op_name(a)) != (b.op, op_name(b)) or wanted != (b.args, b.kwargs) or not state:
+            raise UnsupportedError(
+                f"model {number} runs {op_name(b)} where model 0 runs {op_name(a)}, or on other sizes",
+                where=str(source_of(a)),
+                hint=hint,
+            )
+    if len(nodes[0]) != len(nodes[1]):
+        raise UnsupportedError(
+            f"model {number} has {len(nodes[1])} ops, and model 0 {len(nodes[0])}", hint=hint
+        )
+
+
+@dataclass(frozen=True)
+class Fuse(Pass):
+    """``fuse``: the sub-models as one program, whose outputs have a leading dimension of K."""
+
+    name: ClassVar[str] = "fuse"
+    own_inputs: bool = False
+
+    def run(self, programs: Programs) -> PassResult:
+        """Fuse all there are."""
+        if programs.cuts is not None:
+            raise PlanError("layer groups run one after the other, and cannot be fused")
+        fused = fuse(programs.items, own_inputs=self.own_inputs)
+        return PassResult(Programs((fused.program,)), modified=fused.k > 1)

@@ -1,0 +1,297 @@
+"""Fused models: what K models compute apart, in one module; nothing goes from one to another."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graphsplit as gs
+from graphsplit._fuse import certify_fused
+from graphsplit.errors import PartitionError, PlanError, UnsupportedError
+from graphsplit.passes import Pipeline
+from graphsplit.passes.fuse import fuse as fuse_programs
+from graphsplit.program import check
+from laws import as_call, run
+from zoo import ZOO
+
+K = 3
+
+
+class Net(nn.Module):
+    """Images by convolutions, batch norm, dropout and linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.hidden, self.drop, self.head = nn.Linear(8 * 16, 12), nn.Dropout(0.5), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.max_pool2d(torch.relu(self.norm(self.conv(x))), 2)
+        scores: Tensor = self.head(self.drop(torch.relu(self.hidden(x.flatten(1)))))
+        return scores
+
+
+def images(batch: int = 4) -> Tensor:
+    return torch.randn(batch, 3, 8, 8, generator=torch.Generator().manual_seed(batch))
+
+
+def models(count: int = K, build: Callable[[], nn.Module] = Net) -> list[nn.Module]:
+    torch.manual_seed(0)
+    return [build() for _ in range(count)]
+
+
+@pytest.fixture
+def partition() -> gs.Partition:
+    torch.manual_seed(0)
+    return gs.partition(Net(), images(), k=2)
+
+
+# The law
+
+
+SOME = [
+    "lenet", "resnet_basic", "resnext", "densenet", "shufflenet_v2", "convnext", "efficientnet", "unet",
+    "detr", "torch_transformer", "text_cnn", "llama_two_kv_heads", "llama_complex_rotary", "hub_bert",
+    "hub_gpt2", "hub_t5", "hub_mixtral", "hub_mamba",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+def test_fused_is_apart_on_the_zoo(name: str, own: bool) -> None:
+    program = gs.trace(ZOO[name].build(), *as_call(ZOO[name].inputs()))
+    certificate = certify_fused(program, 2, own_inputs=own)
+    assert certificate.ok, certificate
+    fused = fuse_programs([program, program], own_inputs=own)
+    check(fused.program)
+
+
+def test_every_op_of_a_convolutional_net_does_the_work_of_all(partition: gs.Partition) -> None:
+    fused = partition.fuse()
+    assert fused.looped == {} and fused.k == 2
+    assert fused.verify().ok
+    before = len(partition.programs[0].graph().nodes)
+    assert len(fused.graph.nodes) < 2 * before
+
+
+def test_outputs_stand_on_a_leading_dimension(partition: gs.Partition) -> None:
+    fused = partition.fuse().eval()
+    expected = torch.stack([model.eval()(images(7)) for model in partition.submodels])
+    torch.testing.assert_close(fused(images(7)), expected)
+
+
+def test_inputs_of_their_own() -> None:
+    fused = gs.fuse(models(), images(), own_inputs=True).eval()
+    inputs = torch.stack([images(4), images(4) + 1, images(4) * 2])
+    expected = torch.stack([m.eval()(x) for m, x in zip(models(), inputs, strict=True)])
+    torch.testing.assert_close(fused(inputs), expected)
+    assert fused.verify().ok
+
+
+def test_models_of_ones_own_are_not_changed() -> None:
+    own = models()
+    before = [copy.deepcopy(model.state_dict()) for model in own]
+    fused = gs.fuse(own, images())
+    fused(images()).sum().backward()
+    for model, state in zip(own, before, strict=True):
+        assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_it_is_deterministic() -> None:
+    first, second = (gs.fuse(models(), images()) for _ in range(2))
+    assert first.code == second.code
+    torch.manual_seed(1)
+    one = first(images())
+    torch.manual_seed(1)
+    assert torch.equal(one, second(images()))
+
+
+def test_dropout_is_each_models_own() -> None:
+    model = models(1)[0]
+    fused = gs.fuse([model, copy.deepcopy(model)], images(64)).train()
+    a, b = fused(images(64))
+    assert not torch.allclose(a, b)
+    fused.eval()
+    a, b = fused(images(64))
+    torch.testing.assert_close(a, b)
+
+
+def test_a_model_that_diverges_leaves_the_others_alone() -> None:
+    own = models()
+    fused = gs.fuse(own, images())
+    with torch.no_grad():
+        fused.get_parameter("conv.weight")[1] = float("nan")
+    fused.eval()(images()).square().sum(dim=(1, 2)).sum().backward()
+    healthy = gs.fuse(own, images()).eval()
+    healthy(images()).square().sum().backward()
+    for (name, parameter), other in zip(fused.named_parameters(), healthy.parameters(), strict=True):
+        assert parameter.grad is not None and other.grad is not None
+        for number in (0, 2):
+            torch.testing.assert_close(parameter.grad[number], other.grad[number], msg=name)
+
+
+# State
+
+
+def test_there_is_no_second_copy_of_the_weights() -> None:
+    fused = gs.fuse(models(), images())
+    apart = fused.models()
+    with torch.no_grad():
+        apart[1].get_parameter("head.bias").fill_(7)
+        apart[2].get_buffer("norm.running_mean").fill_(3)
+    assert torch.equal(fused.get_parameter("head.bias")[1], torch.full((5,), 7.0))
+    assert torch.equal(fused.get_buffer("norm.running_mean")[2], torch.full((8,), 3.0))
+    assert fused.state_dicts()[1]["head.bias"].data_ptr() == apart[1].get_parameter("head.bias").data_ptr()
+
+
+def test_state_goes_both_ways(partition: gs.Partition) -> None:
+    fused = partition.fuse()
+    with torch.no_grad():
+        for parameter in fused.parameters():
+            parameter.normal_()
+    merged = partition.merge(fused.state_dicts()).eval()
+    fused.eval()
+    torch.testing.assert_close(merged(images()), fused(images()).mean(0), rtol=1e-4, atol=1e-4)
+    other = partition.fuse().eval()
+    other.load_models(fused.models())
+    assert torch.equal(other(images()), fused(images()))
+    with pytest.raises(PlanError, match="3 models for 2"):
+        fused.load_models(models())
+    with pytest.raises(PlanError, match=r"model 0 has no conv\.weight of shape"):
+        fused.load_models(models(2))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True, weight_decay=1e-3),
+        lambda p: torch.optim.AdamW(p, 0.01),
+    ],
+    ids=["sgd", "adamw"],
+)
+def test_start_apart_go_on_fused_and_apart_again(make: Callable[..., torch.optim.Optimizer]) -> None:
+    class Smooth(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+
+    x = torch.randn(8, 6, dtype=torch.float64)
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        model(x).square().mean(dim=(-1, -2)).sum().backward()
+        optimizer.step()
+
+    apart = [model.double() for model in models(K, Smooth)]
+    optimizers = [make(model.parameters()) for model in apart]
+    expected = copy.deepcopy(apart)
+    others = [make(model.parameters()) for model in expected]
+    for model, optimizer in zip(expected, others, strict=True):
+        for _ in range(6):
+            step(model, optimizer)
+    for model, optimizer in zip(apart, optimizers, strict=True):
+        for _ in range(2):
+            step(model, optimizer)
+    fused = gs.fuse(apart, x)
+    optimizer = make(fused.parameters())
+    fused.load_optimizers(optimizer, optimizers, apart)
+    for _ in range(2):
+        step(fused, optimizer)
+    for model, state in zip(apart, fused.state_dicts(), strict=True):
+        model.load_state_dict(state)
+    fused.split_optimizer(optimizer, optimizers, apart)
+    for model, own in zip(apart, optimizers, strict=True):
+        for _ in range(2):
+            step(model, own)
+    for model, other in zip(apart, expected, strict=True):
+        for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_optimizers_of_different_age_are_refused() -> None:
+    own = models()
+    optimizers = [torch.optim.Adam(model.parameters()) for model in own]
+    for number, (model, optimizer) in enumerate(zip(own, optimizers, strict=True)):
+        for _ in range(number + 1):
+            model(images()).sum().backward()
+            optimizer.step()
+    fused = gs.fuse(own, images())
+    with pytest.raises(PlanError, match="differ in step"):
+        fused.load_optimizers(torch.optim.Adam(fused.parameters()), optimizers, own)
+
+
+# What a module can do
+
+
+def test_it_copies_pickles_and_moves() -> None:
+    fused = gs.fuse(models(), images()).eval()
+    for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        assert torch.equal(other(images()), fused(images()))
+        assert len(other.models()) == K
+    wide = copy.deepcopy(fused).double()
+    assert wide(images().double()).dtype == torch.float64
+    assert wide.models()[0](images().double()).dtype == torch.float64
+
+
+@pytest.mark.slow
+def test_it_compiles_and_exports(tmp_path: Path) -> None:
+    fused = gs.fuse(models(), images()).eval()
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(images()), fused(images()))
+    (report,) = gs.export_onnx(fused, tmp_path / "fused.onnx").values()
+    assert report.rows and all(row.ok for row in report.rows)
+
+
+def test_it_trains_under_autocast() -> None:
+    fused = gs.fuse(models(), images())
+    with torch.autocast("cpu", torch.bfloat16):
+        out = fused(images())
+    assert out.dtype == torch.bfloat16
+    out.float().square().sum().backward()
+    assert all(p.grad is not None and bool(torch.isfinite(p.grad).all()) for p in fused.parameters())
+
+
+def test_as_a_pass() -> None:
+    torch.manual_seed(0)
+    programs = Pipeline.parse("partition(k=2) | fuse")(gs.trace(Net(), images()))
+    assert gs.emit(programs.single())(images(6)).shape == (2, 6, 5)
+
+
+# Bad input
+
+
+def test_what_cannot_be_fused_is_named() -> None:
+    with pytest.raises(PartitionError, match="no models to fuse"):
+        gs.fuse([], images())
+    torch.manual_seed(0)
+    uneven = gs.partition(Net(), images(), shares=(3, 1))
+    with pytest.raises(
+        UnsupportedError, match=r"conv.weight is float32\[6, 3, 3, 3\] in model 0 and float32\[2"
+    ):
+        uneven.fuse()
+    relu, tanh = (nn.Sequential(nn.Linear(4, 3), act) for act in (nn.ReLU(), nn.Tanh()))
+    with pytest.raises(UnsupportedError, match=r"model 1 runs tanh.* where model 0 runs relu"):
+        gs.fuse([relu, tanh], torch.randn(2, 4))
+    other = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 3))
+    with pytest.raises(UnsupportedError, match=r"only one of them has 2\.bias"):
+        gs.fuse([relu, other], torch.randn(2, 4))
+
+
+def test_the_command_line_fuses_a_bundle(tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text(
+        "import torch\nfrom torch import nn\ntorch.manual_seed(0)\n"
+        "model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))\nexample_inputs = torch.randn(2, 6)\n"
+    )
+    assert run("partition", tmp_path / "model.py", "-o", tmp_path / "out").exit_code == 0
+    done = run("fuse", tmp_path / "out", "-o", tmp_path / "fused")
+    assert done.exit_code == 0, done.stderr
+    assert "2 sub-models" in done.stdout and "all checks hold" in done.stdout
+    part, fused = gs.load(tmp_path / "out"), gs.load(tmp_path / "fused")
+    assert isinstance(part, gs.Partition) and isinstance(fused, gs.Program)
+    x = torch.randn(5, 6)
+    expected = torch.stack([model(x) for model in part.submodels])
+    torch.testing.assert_close(gs.emit(fused)(x), expected)
