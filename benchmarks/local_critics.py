@@ -104,9 +104,9 @@ class Case:
 
 
 CASES = {
-    "mlp": Case("300-150-10 on digits", mlp, digits, {1: ["3"], 2: ["3", "5"]}, 60),
+    "mlp": Case("300-150-10 on digits", mlp, digits, {1: ["3"], 2: ["3", "5"]}, 30),
     "resnet": Case(
-        "A ResNet of three blocks on digits", example.resnet, digits, {1: ["2"], 2: ["1", "3"]}, 30
+        "A ResNet of three blocks on digits", example.resnet, digits, {1: ["2"], 2: ["1", "3"]}, 12
     ),
     "lstm": Case(
         "An LSTM of three layers of 96 units on Python's source", characters, text, {1: None, 2: None}, 12,
@@ -114,8 +114,8 @@ CASES = {
     ),
 }  # fmt: skip
 METHODS = ("backpropagation", "local_critics", "joint", "synthetic_gradients")
-RATES = (1e-3, 3e-3)
-SHARES = (1.0, 0.3)
+RATES = (3e-3, 1e-2)
+SHARES = (0.3, 0.1)
 WEIGHTS = ((1.0, 10.0), (0.1, 1.0), (0.1, 3.0), (1.0, 30.0))
 TRIAL_SEED = 1000
 
@@ -160,7 +160,7 @@ def by_admm(case: Case, weights: tuple[float, float], seed: int, rounds: int, da
 
 def runs(case: Case) -> Iterator[tuple[str, int, list[tuple[float, float]], Callable[..., list[float]]]]:
     """Each method with its trials, and what trains it."""
-    bare = [(rate, rate) for rate in (3e-4, *RATES, 1e-2)]
+    bare = [(rate, rate) for rate in (3e-4, 1e-3, *RATES)]
     yield "backpropagation", 1, bare, partial(trained, case, "backpropagation", 1)
     for method in METHODS[1:]:
         for n in case.places:
