@@ -4,6 +4,7 @@ import copy
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 import graphsplit as gs
 from graphsplit._fuse import certify_fused
-from graphsplit.errors import PartitionError, PlanError, UnsupportedError
+from graphsplit.errors import PartitionError, PlanError, UnsupportedError, UserError
 from graphsplit.passes import Pipeline
 from graphsplit.passes.fuse import fuse as fuse_programs
 from graphsplit.program import check
@@ -210,6 +211,60 @@ def test_start_apart_go_on_fused_and_apart_again(make: Callable[..., torch.optim
     for model, other in zip(apart, expected, strict=True):
         for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+RATES = (0.1, 0.01, 0.003)
+DECAYS = (0.0, 0.1, 0.01)
+
+
+def _sgd(fused: gs.FusedModule) -> tuple[torch.optim.Optimizer, list[dict[str, float]], type]:
+    momenta = (0.9, 0.0, 0.5)
+    optimizer = gs.train.PerModelSGD(fused.parameters(), RATES, momenta, DECAYS)
+    options = [
+        {"lr": lr, "momentum": m, "weight_decay": d} for lr, m, d in zip(RATES, momenta, DECAYS, strict=True)
+    ]
+    return optimizer, options, torch.optim.SGD
+
+
+def _adamw(fused: gs.FusedModule) -> tuple[torch.optim.Optimizer, list[dict[str, float]], type]:
+    optimizer = gs.train.PerModelAdamW(fused.parameters(), RATES, weight_decay=DECAYS)
+    options = [{"lr": lr, "weight_decay": d} for lr, d in zip(RATES, DECAYS, strict=True)]
+    return optimizer, options, torch.optim.AdamW
+
+
+@pytest.mark.parametrize("make", [_sgd, _adamw])
+def test_every_model_has_settings_of_its_own(make: Callable[..., Any]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 6, dtype=torch.float64)
+    own = [nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double() for _ in range(K)]
+    fused = gs.fuse(own, x)
+    optimizer, options, kind = make(fused)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.5)
+    for _ in range(7):
+        optimizer.zero_grad()
+        fused(x).square().mean(dim=(1, 2)).sum().backward()
+        optimizer.step()
+        schedule.step()
+    for model, option, state in zip(own, options, fused.state_dicts(), strict=True):
+        single = kind(model.parameters(), **option)
+        halving = torch.optim.lr_scheduler.StepLR(single, 3, 0.5)
+        for _ in range(7):
+            single.zero_grad()
+            model(x).square().mean().backward()
+            single.step()
+            halving.step()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(state[name], parameter.detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_settings_that_do_not_fit_are_said() -> None:
+    fused = gs.fuse(models(), images())
+    with pytest.raises(UserError, match="2 values of rate for 3 models"):
+        gs.train.PerModelSGD(fused.parameters(), (0.1, 0.2))
+    with pytest.raises(UserError, match="momentum is below zero"):
+        gs.train.PerModelSGD(fused.parameters(), momentum=-0.5)
+    with pytest.raises(UserError, match="no leading dimension of K"):
+        gs.train.PerModelAdamW(models(1)[0].parameters())
 
 
 def test_optimizers_of_different_age_are_refused() -> None:

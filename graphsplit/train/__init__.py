@@ -9,6 +9,7 @@ from graphsplit.train.history import Epoch, History
 from graphsplit.train.local import LocalEpoch, LocalLosses
 from graphsplit.train.loop import Batches, evaluate, fit, misclassified
 from graphsplit.train.methods import JointLosses, SyntheticGradients
+from graphsplit.train.per_model import PerModelAdamW, PerModelSGD
 from graphsplit.train.schedule import PartitionSchedule, Trained
 from graphsplit.train.stage import Recipe
 from graphsplit.train.synthetic import Labels
@@ -24,6 +25,8 @@ __all__ = [
     "LocalEpoch",
     "LocalLosses",
     "PartitionSchedule",
+    "PerModelAdamW",
+    "PerModelSGD",
     "Recipe",
     "SufficientDescent",
     "SyntheticGradients",

@@ -1,0 +1,142 @@
+"""Optimizers of fused models in which every model has settings of its own.
+
+Parameters have a leading dimension of K; a setting is a number for all, or one for each model. What is
+computed is what ``torch.optim.SGD`` and ``torch.optim.AdamW`` compute for each model by itself. The learning
+rate of a parameter group, ``lr``, is a factor on all rates, 1 at the start, so that the schedulers of
+``torch.optim.lr_scheduler`` work as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from graphsplit.errors import UserError
+
+Setting = float | Sequence[float]
+
+
+class _PerModel(Optimizer):
+    """Settings as vectors of K."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], settings: dict[str, Setting]) -> None:
+        given = list(parameters)
+        if not given:
+            raise UserError("there are no parameters to train")
+        self.k = len(given[0]) if given[0].dim() else 0
+        if not self.k or any(not parameter.dim() or len(parameter) != self.k for parameter in given):
+            raise UserError(
+                "the parameters have no leading dimension of K", hint="give those of a fused module"
+            )
+        vectors = {name: self._vector(name, value) for name, value in settings.items()}
+        super().__init__(given, {"lr": 1.0, **vectors})
+
+    def _vector(self, name: str, value: Setting) -> Tensor:
+        found = torch.as_tensor(value, dtype=torch.float64)
+        if found.dim() and found.shape != (self.k,):
+            raise UserError(f"{len(found)} values of {name} for {self.k} models")
+        if bool((found < 0).any()):
+            raise UserError(f"{name} is below zero")
+        return found.expand(self.k).clone()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, group, self.state[parameter])
+        return loss
+
+    def _update(self, p: nn.Parameter, g: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
+def _along(vector: Tensor, like: Tensor) -> Tensor:
+    """One entry for each model, to be broadcast."""
+    return vector.to(like).view(-1, *[1] * (like.dim() - 1))
+
+
+class PerModelSGD(_PerModel):
+    """``torch.optim.SGD`` for each of K fused models.
+
+    Args:
+        parameters: Of a `FusedModule`, ``[K, ...]``.
+        rate: Learning rate.
+        momentum: Of the running sum of gradients.
+        weight_decay: Added to the gradient, times the parameter.
+
+    Raises:
+        UserError: A setting is negative, or has another number of values than there are models.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        rate: Setting = 1e-3,
+        momentum: Setting = 0.0,
+        weight_decay: Setting = 0.0,
+    ) -> None:
+        settings = {"rate": rate, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__(parameters, settings)
+
+    def _update(self, p: nn.Parameter, g: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
+        g = g + _along(group["weight_decay"], p) * p
+        if bool(group["momentum"].any()):
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = g.clone()
+            else:
+                state["momentum_buffer"].mul_(_along(group["momentum"], p)).add_(g)
+            g = state["momentum_buffer"]
+        p.sub_(group["lr"] * _along(group["rate"], p) * g)
+
+
+class PerModelAdamW(_PerModel):
+    """``torch.optim.AdamW`` for each of K fused models (Loshchilov & Hutter, arXiv 1711.05101).
+
+    Args:
+        parameters: Of a `FusedModule`, ``[K, ...]``.
+        rate: Learning rate.
+        beta1: Decay of the first moment.
+        beta2: Decay of the second moment.
+        eps: Added to the root of the second moment.
+        weight_decay: Share of a parameter, times the rate, that every step takes off.
+
+    Raises:
+        UserError: A setting is negative, or has another number of values than there are models.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        rate: Setting = 1e-3,
+        beta1: Setting = 0.9,
+        beta2: Setting = 0.999,
+        eps: Setting = 1e-8,
+        weight_decay: Setting = 1e-2,
+    ) -> None:
+        settings = {"rate": rate, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(parameters, settings)
+
+    def _update(self, p: nn.Parameter, g: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+        state["step"] += 1
+        step = float(state["step"])
+        rate = group["lr"] * _along(group["rate"], p)
+        beta1, beta2 = _along(group["beta1"], p), _along(group["beta2"], p)
+        first, second = state["exp_avg"], state["exp_avg_sq"]
+        p.mul_(1 - rate * _along(group["weight_decay"], p))
+        first.mul_(beta1).add_((1 - beta1) * g)
+        second.mul_(beta2).add_((1 - beta2) * g.square())
+        root = (second / (1 - beta2**step)).sqrt() + _along(group["eps"], p)
+        p.sub_(rate / (1 - beta1**step) * first / root)
