@@ -5,6 +5,7 @@ from __future__ import annotations
 import string
 from typing import Any
 
+import torch
 from torch import fx
 
 from graphsplit.analysis.rules.pointwise import NARY, UNARY
@@ -321,10 +322,8 @@ def attention(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | Non
 @rule("embedding")
 def embedding(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
     """One table of K times as many rows, in which each model's indices start behind those before."""
-    table, indices = arguments["weight"], arguments["indices"]
-    if table.layout is not STACK or arguments["padding_idx"] != -1 or arguments["scale_grad_by_freq"]:
-        return None
-    if arguments["sparse"]:
+    table, indices, padding = arguments["weight"], arguments["indices"], arguments["padding_idx"]
+    if table.layout is not STACK or arguments["scale_grad_by_freq"] or arguments["sparse"]:
         return None
     build, k, size = fuser.build, fuser.k, table.meta.shape[0]
     shape = TensorMeta((Dim(k), *[Dim(1)] * indices.meta.ndim), indices.meta.dtype, indices.meta.device)
@@ -335,7 +334,19 @@ def embedding(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | Non
         offsets = build.call(aten.unflatten.int, (offsets, 0, [k] + [1] * indices.meta.ndim), shape)
     given = indices.node if indices.layout is SAME else fuser.stack(indices)
     moved = build.call(aten.add.Tensor, (given, offsets), fuser.stacked(indices.meta))
-    return fuser.call(aten.embedding.default, (fuser.rows(table), moved), STACK, meta_of(node))
+    found = fuser.call(aten.embedding.default, (fuser.rows(table), moved), STACK, meta_of(node))
+    return found if padding == -1 else _without_gradient(fuser, found, given, indices, padding)
+
+
+def _without_gradient(fuser: Fuser, found: Value, given: fx.Node, indices: Value, padding: int) -> Value:
+    """Rows of the padding index give values, and get no gradient."""
+    dims = meta_of(given).dims
+    flags = TensorMeta(dims, torch.bool, indices.meta.device)
+    wide = TensorMeta((*dims, Dim(1)), torch.bool, indices.meta.device)
+    chosen = fuser.build.call(aten.eq.Scalar, (given, padding), flags)
+    chosen = fuser.build.call(aten.unsqueeze.default, (chosen, -1), wide)
+    still = fuser.call(aten.detach.default, (found.node,), STACK, found.meta)
+    return fuser.call(aten.where.self, (chosen, still.node, found.node), STACK, found.meta)
 
 
 @rule("layer_norm", "rms_norm")
@@ -364,7 +375,7 @@ _ONE = {
     "split",
     "split_with_sizes", "chunk", "unbind", "cat", "glu", "cosine_similarity", "diff", "count_nonzero",
     "tensor_split", "cummax", "cummin", "roll", "gather", "transpose", "swapaxes", "movedim",
-    "unfold", "flatten", "unflatten", "index_select", "scatter", "scatter_add", "softmin", "normalize",
+    "unfold", "flatten", "unflatten", "index_select", "scatter", "scatter_add", "repeat_interleave",
 }  # fmt: skip
 _NAMES = ("dim", "dim0", "dim1", "dims", "axis0", "axis1", "source", "destination", "dimension", "start_dim",
           "end_dim")  # fmt: skip
@@ -380,6 +391,8 @@ def along(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
     """The same dimension, one further on; on folded values where it is behind the channels."""
     if "other" in arguments and base_name(node) in ("max", "min"):
         return pointwise(fuser, node, arguments)
+    if base_name(node) == "cat":  # an empty list of numbers counts for nothing, whatever its rank
+        arguments = {**arguments, "tensors": [x for x in arguments["tensors"] if x.meta.shape != (0,)]}
     keep = arguments.get("index") if base_name(node) == "index_select" else None
     if keep is not None and keep.layout is not SAME:
         return None
@@ -493,6 +506,14 @@ def expand(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
     x, meta = arguments["self"], meta_of(node)
     sizes = arguments["size"]
     return fuser.call(aten.expand.default, (fuser.aligned(x, meta.ndim), [fuser.k, *sizes]), STACK, meta)
+
+
+@rule("expand_as", "view_as", "reshape_as")
+def like_another(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
+    """In the shape of another tensor, of which only the shape matters."""
+    x, other = arguments["self"], arguments["other"]
+    lifted = fuser.aligned(x, other.meta.ndim) if base_name(node) == "expand_as" else fuser.stack(x)
+    return fuser.call(node.target, (lifted, fuser.stack(other)), STACK, meta_of(node))
 
 
 @rule("repeat")
