@@ -52,7 +52,7 @@ class Value:
     meta: TensorMeta
 
 
-Result = Value | tuple[Any, ...]
+Result = Value | tuple[Any, ...] | fx.Node
 Rule = Callable[["Fuser", fx.Node, dict[str, Any]], Result | None]
 RULES: dict[str, Rule] = {}
 """Rules by the base name of the op; one that gives None does not know this way to call it."""
@@ -278,7 +278,7 @@ class Fuser:
         made = self.build.call(node.target, args, node.meta.get("value"), kwargs)
         return self.wrap(made, Layout.SAME, node.meta.get("value"))
 
-    def wrap(self, made: fx.Node, layout: Layout, meta: Any) -> Any:
+    def wrap(self, made: fx.Node, layout: Layout, meta: Any) -> Result:
         """The value, or values, that an op gives, of which ``meta`` is that of one model."""
         if isinstance(meta, TensorMeta):
             return Value(made, layout, meta)
@@ -334,24 +334,30 @@ class Fuser:
             found[argument.name] = self.lookup(given)
         return found
 
-    def invoke(self, node: fx.Node, arguments: Mapping[str, Any], layout: Layout) -> Any:
-        """The op of a node with other arguments; tensors are nodes already."""
+    def invoke(self, node: fx.Node, arguments: Mapping[str, Any], layout: Layout) -> Result:
+        """The op of a node with other arguments, in which tensors are nodes already."""
+        meta = node.meta.get("value")
+        given = meta if isinstance(meta, tuple) else (meta,)
+        values = tuple(self.meta_in(layout, item) if isinstance(item, TensorMeta) else item for item in given)
+        made = self._invoked(node, arguments, values if isinstance(meta, tuple) else values[0])
+        return self.wrap(made, layout, meta)
+
+    def invoke_as_one_batch(self, node: fx.Node, arguments: Mapping[str, Any]) -> Value | None:
+        """The same on values that were joined; None where the op gives more than one tensor."""
+        meta = node.meta.get("value")
+        if not isinstance(meta, TensorMeta):
+            return None
+        return self.parted(self._invoked(node, arguments, self.joined(meta)), meta)
+
+    def _invoked(self, node: fx.Node, arguments: Mapping[str, Any], value: Any) -> fx.Node:
         args, kwargs = [], {}
         for argument in overload_of(node)._schema.arguments:
-            value = arguments[argument.name]
+            given = arguments[argument.name]
             if not argument.kwarg_only:
-                args.append(value)
-            elif value != argument.default_value:
-                kwargs[argument.name] = value
-        meta = node.meta.get("value")
-        value = (
-            tuple(self.meta_in(layout, item) if isinstance(item, TensorMeta) else item for item in meta)
-            if isinstance(meta, tuple)
-            else self.meta_in(layout, meta)
-            if isinstance(meta, TensorMeta)
-            else meta
-        )
-        return self.wrap(self.build.call(node.target, tuple(args), value, kwargs), layout, meta)
+                args.append(given)
+            elif given != argument.default_value:
+                kwargs[argument.name] = given
+        return self.build.call(node.target, tuple(args), value, kwargs)
 
     def call(self, target: Any, args: tuple[Any, ...], layout: Layout, meta: TensorMeta) -> Value:
         """An op that gives a value with the meta of one model."""

@@ -11,7 +11,7 @@ from torch import fx
 from graphsplit.analysis.rules.pointwise import NARY, UNARY
 from graphsplit.builder import aten
 from graphsplit.fusion.fuser import Fuser, Layout, Result, Value, draws, rule
-from graphsplit.graphs import base_name
+from graphsplit.graphs import base_name, overload_of
 from graphsplit.program import Dim, TensorMeta, meta_of
 
 Arguments = dict[str, Any]
@@ -57,14 +57,14 @@ def pointwise(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | Non
     if any(value.layout is FOLD for value in values) and fuser.can_fold(meta):
         nodes = {value: _foldable(fuser, value, meta) for value in values}
         if all(found is not None for found in nodes.values()):
-            return fuser.invoke(node, _with(arguments, nodes.__getitem__), FOLD)  # type: ignore[no-any-return]
+            return fuser.invoke(node, _with(arguments, nodes.__getitem__), FOLD)
 
     def stacked(value: Value) -> fx.Node:
         if value.layout is SAME and not (draws(node) and value.meta.ndim == meta.ndim):
             return value.node
         return fuser.aligned(value, meta.ndim)
 
-    return fuser.invoke(node, _with(arguments, stacked), STACK)  # type: ignore[no-any-return]
+    return fuser.invoke(node, _with(arguments, stacked), STACK)
 
 
 def _foldable(fuser: Fuser, value: Value, result: TensorMeta) -> fx.Node | None:
@@ -110,24 +110,8 @@ def by_channel(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | No
     if any(isinstance(arguments[name], Value) for name in others):
         return None
     if x.layout is FOLD:
-        return fuser.invoke(node, {**arguments, first: x.node}, FOLD)  # type: ignore[no-any-return]
-    return _as_one_batch(fuser, node, {**arguments, first: fuser.join(x)})
-
-
-def _as_one_batch(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
-    """The op on ``[K * N, ...]``."""
-    meta = node.meta.get("value")
-    if not isinstance(meta, TensorMeta):
-        return None
-    arranged = {name: arguments[name] for name in arguments}
-    args = [arranged[a.name] for a in node.target._schema.arguments if not a.kwarg_only]  # type: ignore[union-attr]
-    kwargs = {
-        a.name: arranged[a.name]
-        for a in node.target._schema.arguments  # type: ignore[union-attr]
-        if a.kwarg_only and arranged[a.name] != a.default_value
-    }
-    made = fuser.build.call(node.target, tuple(args), fuser.joined(meta), kwargs)
-    return fuser.parted(made, meta)
+        return fuser.invoke(node, {**arguments, first: x.node}, FOLD)
+    return fuser.invoke_as_one_batch(node, {**arguments, first: fuser.join(x)})
 
 
 @rule(
@@ -140,9 +124,9 @@ def pad(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
     assert isinstance(x, Value) and sizes is not None
     behind = len(sizes) // 2
     if x.layout is FOLD and behind <= x.meta.ndim - 2:
-        return fuser.invoke(node, {**arguments, first: x.node}, FOLD)  # type: ignore[no-any-return]
+        return fuser.invoke(node, {**arguments, first: x.node}, FOLD)
     if behind <= x.meta.ndim - 1:
-        return _as_one_batch(fuser, node, {**arguments, first: fuser.join(x)})
+        return fuser.invoke_as_one_batch(node, {**arguments, first: fuser.join(x)})
     return None
 
 
@@ -163,7 +147,7 @@ def convolution(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | N
         "bias": None if bias is None else fuser.rows(bias),
         "groups": 1 if whole else groups * fuser.k,
     }
-    return fuser.invoke(node, {**arguments, **changed}, FOLD)  # type: ignore[no-any-return]
+    return fuser.invoke(node, {**arguments, **changed}, FOLD)
 
 
 @rule("batch_norm", "instance_norm", "group_norm")
@@ -175,7 +159,7 @@ def norm_of_channels(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Resul
     changed = _with(arguments, lambda value: fuser.fold(value) if value is x else fuser.rows(value))
     if "num_groups" in changed:
         changed["num_groups"] *= fuser.k
-    return fuser.invoke(node, changed, FOLD)  # type: ignore[no-any-return]
+    return fuser.invoke(node, changed, FOLD)
 
 
 # -- products ------------------------------------------------------------------------------------------------
@@ -283,7 +267,7 @@ def baddbmm(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
     values = _values(arguments)
     if any(value.meta.ndim != 3 for value in values):
         return None
-    return _as_one_batch(fuser, node, _with(arguments, fuser.join))
+    return fuser.invoke_as_one_batch(node, _with(arguments, fuser.join))
 
 
 @rule("einsum")
@@ -316,7 +300,7 @@ def attention(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | Non
             return None
         mask = mask.node if alike else fuser.join(mask)
     nodes = dict(zip(("query", "key", "value"), map(fuser.join, operands), strict=True))
-    return _as_one_batch(fuser, node, {**arguments, **nodes, "attn_mask": mask})
+    return fuser.invoke_as_one_batch(node, {**arguments, **nodes, "attn_mask": mask})
 
 
 @rule("embedding")
@@ -359,11 +343,12 @@ def norm_of_rows(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | 
     if "bias" in bare:
         bare["bias"] = None
     found = fuser.invoke(node, bare, SAME if x.layout is SAME else STACK)
+    assert isinstance(found, Value)
     for target, operand in ((aten.mul.Tensor, weight), (aten.add.Tensor, bias)):
         if isinstance(operand, Value):
             left = found.node if found.layout is SAME else fuser.aligned(found, meta.ndim)
             found = fuser.call(target, (left, fuser.aligned(operand, meta.ndim)), STACK, meta)
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 # -- dimensions ----------------------------------------------------------------------------------------------
@@ -412,7 +397,7 @@ def along(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
     def stacked(value: Value) -> fx.Node:
         return value.node if value is keep else fuser.stack(value)
 
-    return fuser.invoke(node, {**_with(arguments, stacked), **shifted}, STACK)  # type: ignore[no-any-return]
+    return fuser.invoke(node, {**_with(arguments, stacked), **shifted}, STACK)
 
 
 def _along_folded(
@@ -427,7 +412,7 @@ def _along_folded(
     flat = [place for entry in places.values() for place in (entry if isinstance(entry, list) else [entry])]
     first = 1 if base_name(node) == "flatten" else 2
     if flat and min(flat) >= first:
-        return fuser.invoke(node, {**_with(arguments, lambda value: value.node), **places}, FOLD)  # type: ignore[no-any-return]
+        return fuser.invoke(node, {**_with(arguments, lambda value: value.node), **places}, FOLD)
     if flat == [1] and base_name(node) in ("cat", "chunk", "split", "split_with_sizes", "slice", "narrow"):
         return _along_channels(fuser, node, arguments, next(iter(places)))
     return None
@@ -442,12 +427,13 @@ def _along_channels(fuser: Fuser, node: fx.Node, arguments: Arguments, name: str
 
     meta = node.meta["value"]
     given = {**_with(arguments, fuser.apart), name: 2}
-    args = tuple(given[a.name] for a in node.target._schema.arguments)  # type: ignore[union-attr]
+    args = tuple(given[a.name] for a in overload_of(node)._schema.arguments)
     if isinstance(meta, TensorMeta):
         made = fuser.build.call(node.target, args, apart(meta))
         return Value(fuser.flat(made, 1, fuser.folded(meta)), FOLD, meta)
     made = fuser.build.call(node.target, args, tuple(apart(item) for item in meta))
     pieces = fuser.wrap(made, SAME, tuple(apart(item) for item in meta))
+    assert isinstance(pieces, tuple)
     return tuple(
         Value(fuser.flat(piece.node, 1, fuser.folded(item)), FOLD, item)
         for piece, item in zip(pieces, meta, strict=True)
@@ -486,8 +472,8 @@ def new_dimension(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result |
     dim = arguments["dim"] % (values[0].meta.ndim + 1)
     if dim >= 2 and all(value.layout is FOLD for value in values):
         nodes = _with(arguments, lambda value: value.node)
-        return fuser.invoke(node, {**nodes, "dim": dim}, FOLD)  # type: ignore[no-any-return]
-    return fuser.invoke(node, {**_with(arguments, fuser.stack), "dim": dim + 1}, STACK)  # type: ignore[no-any-return]
+        return fuser.invoke(node, {**nodes, "dim": dim}, FOLD)
+    return fuser.invoke(node, {**_with(arguments, fuser.stack), "dim": dim + 1}, STACK)
 
 
 @rule("view", "reshape", "_unsafe_view")
@@ -527,7 +513,7 @@ def repeat(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
 @rule("tril", "triu", "view_as_complex", "view_as_real")
 def of_the_last(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
     """Ops on the last dimensions, for which all others are a batch."""
-    return fuser.invoke(node, _with(arguments, fuser.stack), STACK)  # type: ignore[no-any-return]
+    return fuser.invoke(node, _with(arguments, fuser.stack), STACK)
 
 
 @rule("sym_size")
@@ -538,13 +524,13 @@ def size(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
     place = dim + 1 if x.layout is STACK else dim
     if x.layout is FOLD and dim == 1:
         return None
-    return fuser.build.call(aten.sym_size.int, (x.node, place), node.meta["value"])  # type: ignore[return-value]
+    return fuser.build.call(aten.sym_size.int, (x.node, place), node.meta["value"])
 
 
 @rule("new_zeros", "new_ones", "new_full", "new_empty")
 def new(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
     """The same for all: only dtype and device come from the tensor."""
-    return fuser.invoke(node, _with(arguments, lambda value: value.node), SAME)  # type: ignore[no-any-return]
+    return fuser.invoke(node, _with(arguments, lambda value: value.node), SAME)
 
 
 @rule("index")
