@@ -50,7 +50,7 @@ class FusedModule(ProgramModule):
         super().__init__(fused.program, copy=False)
         self.k = fused.k
         self.looped = dict(fused.looped)
-        self._same = dict(fused.same)
+        self._same = {name: same for first, same in fused.same.items() for name in _names(single, first)}
         self._single = without_weights(single)
 
     def state_dicts(self) -> list[dict[str, Tensor]]:
@@ -73,7 +73,7 @@ class FusedModule(ProgramModule):
     def _state_of(self, named: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
         return {
             name: (named[name] if self._same[name] else named[name].detach()[number]).requires_grad_(
-                entry.requires_grad
+                named[name].requires_grad
             )
             if entry.kind == "parameter"
             else (named[name] if self._same[name] else named[name][number])
@@ -98,6 +98,11 @@ class FusedModule(ProgramModule):
                         raise PlanError(
                             f"model {number} has no {name} of shape {list(own.shape)}",
                             hint="these values belong to another model",
+                        )
+                    if number and self._same.get(name, True) and not torch.equal(own, state[name]):
+                        raise PlanError(
+                            f"{name} is one tensor for all models, and model {number} has other values of it",
+                            hint="fuse these models anew",
                         )
                     own.copy_(state[name])
 
@@ -186,6 +191,11 @@ class FusedModule(ProgramModule):
         named |= dict(self.named_buffers(remove_duplicate=False))
         tensors = {n: t if self._same.get(n, True) else t[0].detach() for n, t in named.items()}
         self._single = without_weights(program_from_data(single, tensors))
+
+
+def _names(program: Program, name: str) -> tuple[str, ...]:
+    """Every name of a state tensor."""
+    return (name, *program.state[name].aliases)
 
 
 def _together(name: str, states: Sequence[Mapping[str, Any]], shape: torch.Size) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from graphsplit.builder import aten
 from graphsplit.errors import PartitionError, PlanError, UnsupportedError
@@ -141,6 +142,12 @@ def _check_alike(first: Program, other: Program, number: int) -> None:
         )
     for name, entry in first.state.items():
         found = other.state[name]
+        if found.tensor.requires_grad != entry.tensor.requires_grad and entry.kind == "parameter":
+            trained = number if found.tensor.requires_grad else 0
+            raise UnsupportedError(
+                f"{name} is trained in model {trained} and frozen in model {number - trained}",
+                hint="freeze it in all models or in none",
+            )
         if found.tensor.shape != entry.tensor.shape or found.tensor.dtype != entry.tensor.dtype:
             raise UnsupportedError(
                 f"{name} is {_words(entry.tensor)} in model 0 and {_words(found.tensor)} in model {number}",
@@ -162,9 +169,15 @@ def _check_same_graph(one: fx.Graph, two: fx.Graph, number: int, hint: str) -> N
         names[a] = b
         wanted: Any = fx.map_arg((a.args, a.kwargs), names.__getitem__)
         state = a.op != "get_attr" or a.target == b.target or TRAINING in (a.target, b.target)
-        if (a.op, op_name(a)) != (b.op, op_name(b)) or wanted != (b.args, b.kwargs) or not state:
+        if (a.op, op_name(a)) != (b.op, op_name(b)):
             raise UnsupportedError(
-                f"model {number} runs {op_name(b)} where model 0 runs {op_name(a)}, or on other sizes",
+                f"model {number} runs {op_name(b)} where model 0 runs {op_name(a)}",
+                where=str(source_of(a)),
+                hint=hint,
+            )
+        if not _equal(wanted, (b.args, b.kwargs)) or not state:
+            raise UnsupportedError(
+                f"model {number} runs {op_name(b)} with other arguments than model 0",
                 where=str(source_of(a)),
                 hint=hint,
             )
@@ -172,6 +185,13 @@ def _check_same_graph(one: fx.Graph, two: fx.Graph, number: int, hint: str) -> N
         raise UnsupportedError(
             f"model {number} has {len(nodes[1])} ops, and model 0 {len(nodes[0])}", hint=hint
         )
+
+
+def _equal(one: Any, two: Any) -> bool:
+    """Equal arguments; no number equals no number."""
+    first, spec = pytree.tree_flatten(one)
+    second, other = pytree.tree_flatten(two)
+    return spec == other and all(a == b or (a != a and b != b) for a, b in zip(first, second, strict=True))
 
 
 @dataclass(frozen=True)

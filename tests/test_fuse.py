@@ -316,6 +316,144 @@ def test_as_a_pass() -> None:
     assert gs.emit(programs.single())(images(6)).shape == (2, 6, 5)
 
 
+# What was found by trying models that nobody had in mind
+
+
+class TypeAs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.c = nn.Parameter(torch.randn(6)), nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        turned = self.c(y).transpose(2, 3).flip(0)
+        return x.type_as(self.w).flip(1) * self.w, self.c(self.c(y).type_as(turned)) + turned
+
+
+class FillWithNumbers(nn.Module):
+    """Numbers without a dimension that are each model's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.l, self.v = nn.Linear(6, 6), nn.Parameter(torch.randn(()))
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        h = self.l(x)
+        filled = torch.full_like(x, 1.0).fill_(self.v)
+        return h.masked_fill(x > 0, self.v), filled, torch.zeros_like(x).copy_(h), self.v * self.v.detach()
+
+
+class Products(nn.Module):
+    """Products that broadcast their batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.b, self.q = nn.Parameter(torch.randn(1, 2, 3)), nn.Parameter(torch.randn(1, 2, 2, 3))
+        self.l = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        a = self.l(x.view(-1, 2, 3))
+        k = self.l(y.view(y.shape[0], 2, -1, 3))
+        mixed = nn.functional.scaled_dot_product_attention(self.q, k, k)
+        return (
+            torch.baddbmm(self.b, a, a.transpose(1, 2) @ a),
+            mixed,
+            self.l(x.view(-1, 2, 3)).view(torch.int32),
+        )
+
+
+@pytest.mark.parametrize("build", [TypeAs, FillWithNumbers, Products])
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+def test_awkward_arguments(build: Callable[[], nn.Module], own: bool) -> None:
+    torch.manual_seed(0)
+    program = gs.trace(build(), (torch.randn(3, 6), torch.randn(3, 3, 4, 4)))
+    certificate = certify_fused(program, K, own_inputs=own)
+    assert certificate.ok, certificate
+
+
+def test_numbers_without_dimension_do_not_widen() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.l, self.t = nn.Linear(6, 6, dtype=torch.bfloat16), nn.Parameter(torch.randn(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            scaled: Tensor = self.l(self.l(x) * self.t.exp())
+            return scaled
+
+    x = torch.randn(2, 6, dtype=torch.bfloat16)
+    own = models(2, Scaled)
+    found = gs.fuse(own, x)(x)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, torch.stack([model(x) for model in own]))
+
+
+def test_tied_weights_keep_all_their_names() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.e, self.o = nn.Embedding(7, 6, padding_idx=0), nn.Linear(6, 7, bias=False)
+            self.o.weight = self.e.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            scores: Tensor = self.o(self.e(x))
+            return scores
+
+    x = torch.tensor([[0, 1, 2], [3, 0, 6]])
+    own = models(K, Tied)
+    fused = gs.fuse(own, x)
+    assert fused.verify().ok and fused.looped == {}
+    for model, state in zip(models(K, Tied), fused.state_dicts(), strict=True):
+        assert state["o.weight"].shape == (7, 6)
+        model.load_state_dict(state)
+    fused.load_models([copy.deepcopy(model) for model in own])
+    assert len(pickle.loads(pickle.dumps(fused)).models()) == K
+
+
+def test_one_tensor_for_all_is_not_overwritten_by_the_last() -> None:
+    class Constant(nn.Module):
+        def __init__(self, value: float) -> None:
+            super().__init__()
+            self.l = nn.Linear(3, 3)
+            self.register_buffer("scale", torch.full((3,), value))
+
+        def forward(self, x: Tensor) -> Tensor:
+            scaled: Tensor = self.l(x) * self.scale
+            return scaled
+
+    x = torch.randn(2, 3)
+    fused = gs.fuse([Constant(1.0), Constant(1.0)], x)
+    with pytest.raises(PlanError, match="scale is one tensor for all models, and model 1 has other values"):
+        fused.load_models([Constant(2.0), Constant(5.0)])
+    fused.load_models([Constant(2.0), Constant(2.0)])
+    own = [Constant(2.0), Constant(5.0)]
+    torch.testing.assert_close(gs.fuse(own, x)(x), torch.stack([model(x) for model in own]))
+
+
+def test_what_is_frozen_is_frozen_in_all() -> None:
+    own = models(2)
+    own[1].get_parameter("head.bias").requires_grad_(False)
+    with pytest.raises(UnsupportedError, match=r"head\.bias is trained in model 0 and frozen in model 1"):
+        gs.fuse(own, images())
+    own[0].get_parameter("head.bias").requires_grad_(False)
+    fused = gs.fuse(own, images())
+    assert not fused.get_parameter("head.bias").requires_grad
+    fused.get_parameter("head.weight").requires_grad_(False)
+    assert not fused.models()[1].get_parameter("head.weight").requires_grad
+
+
+def test_no_number_is_an_argument_like_others() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.l = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = self.l(x).masked_fill(x[:, :3] > 5, float("nan"))
+            return found
+
+    assert gs.fuse(models(2, Masked), torch.randn(2, 4)).verify().ok
+
+
 # Bad input
 
 

@@ -167,6 +167,14 @@ def test_helpers_fit_images_and_sequences(conditioned: bool) -> None:
         assert off[0] > 0 and off[-1] < 0.9 * off[0]
 
 
+@pytest.mark.parametrize("method", ["joint", "synthetic_gradients"])
+def test_methods_run_under_autocast(method: str) -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    local = gs.local_critics(model, torch.randn(4, 6), at=["2"])
+    local.configure(gs.train.Recipe(method=method, amp=torch.bfloat16))  # type: ignore[arg-type]
+    assert math.isfinite(local.step(torch.randn(4, 6), torch.tensor([0, 1, 2, 0])).loss)
+
+
 # The harness
 
 
@@ -298,3 +306,8 @@ def test_admm_names_what_it_cannot_train() -> None:
     net = gs.trace(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), torch.randn(2, 4))
     with pytest.raises(UserError, match="not one class for each input"):
         gs.train.ADMM(net).fit(torch.randn(5, 4), torch.randn(5, 2), 1)
+    with pytest.raises(UserError, match="inputs of 7 numbers for a net of 4"):
+        gs.train.ADMM(net).fit(torch.randn(5, 7), torch.zeros(5, dtype=torch.int32), 1)
+    with pytest.raises(UserError, match="classes from 0 to 2, and the net has 2 outputs"):
+        gs.train.ADMM(net).fit(torch.randn(3, 4), torch.arange(3), 1)
+    gs.train.ADMM(net).fit(torch.randn(3, 4), torch.ones(3, dtype=torch.int32), 1)

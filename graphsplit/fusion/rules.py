@@ -45,15 +45,21 @@ def _with(arguments: Arguments, change: Any) -> Arguments:
 _BY_CHANNEL = {"feature_dropout", "feature_alpha_dropout"}
 
 
-@rule(*(name for name in (*UNARY, *NARY) if name not in _BY_CHANNEL), "to", "_to_copy", "type_as", "prelu")
+@rule(*(name for name in (*UNARY, *NARY) if name not in _BY_CHANNEL), "to", "_to_copy")
 def pointwise(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
     """Broadcasting as in one model: on folded values where all can be, else on stacks."""
     meta = node.meta.get("value")
-    if not isinstance(meta, TensorMeta) or base_name(node) == "prelu":
-        return None
-    if base_name(node) == "type_as":
-        arguments = {**arguments, "other": Value(arguments["other"].node, SAME, arguments["other"].meta)}
     values = _values(arguments)
+    if not isinstance(meta, TensorMeta) or _promotes(values, meta):
+        return None
+    if base_name(node) in ("fill", "copy", "masked_fill"):  # into the first, in its shape
+        first, *others = values
+        if any(value.layout is not SAME and value.meta.ndim == 0 for value in others):
+            return None
+        if first.layout is SAME:
+            whole = Value(fuser.stack(first), STACK, first.meta)
+            arguments = {**arguments, "self": whole}
+            values = [whole, *others]
     if any(value.layout is FOLD for value in values) and fuser.can_fold(meta):
         nodes = {value: _foldable(fuser, value, meta) for value in values}
         if all(found is not None for found in nodes.values()):
@@ -65,6 +71,21 @@ def pointwise(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | Non
         return fuser.aligned(value, meta.ndim)
 
     return fuser.invoke(node, _with(arguments, stacked), STACK)
+
+
+def _promotes(values: list[Value], result: TensorMeta) -> bool:
+    """True where a stack would choose another dtype: tensors without dimensions yield to those with some."""
+    if result.ndim == 0:
+        return len({value.meta.dtype for value in values}) > 1
+    dtypes = {value.meta.dtype for value in values if value.meta.ndim}
+    return any(not v.meta.ndim and v.layout is not SAME and v.meta.dtype not in dtypes for v in values)
+
+
+@rule("type_as")
+def type_as(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
+    """Of the other tensor only the dtype matters."""
+    x = arguments["self"]
+    return fuser.invoke(node, {"self": x.node, "other": arguments["other"].node}, x.layout)
 
 
 def _foldable(fuser: Fuser, value: Value, result: TensorMeta) -> fx.Node | None:
@@ -265,7 +286,7 @@ def matmul(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
 def baddbmm(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
     """As one batch of K times as many products."""
     values = _values(arguments)
-    if any(value.meta.ndim != 3 for value in values):
+    if any(value.meta.ndim != 3 or value.meta.dims[0] != values[0].meta.dims[0] for value in values):
         return None
     return fuser.invoke_as_one_batch(node, _with(arguments, fuser.join))
 
@@ -292,7 +313,8 @@ def attention(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | Non
     """All models as one batch."""
     operands = [arguments[name] for name in ("query", "key", "value")]
     mask = arguments["attn_mask"]
-    if any(value.meta.ndim != 4 for value in operands):
+    batch = operands[0].meta.dims[0] if operands[0].meta.ndim else None
+    if any(value.meta.ndim != 4 or value.meta.dims[0] != batch for value in operands):
         return None
     if isinstance(mask, Value):
         alike = mask.layout is SAME and (mask.meta.ndim < 4 or mask.meta.dims[0] == Dim(1))
@@ -480,6 +502,8 @@ def new_dimension(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result |
 def reshape(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
     """The same sizes behind K; what becomes one row for each example stays folded."""
     x, meta = arguments["self"], meta_of(node)
+    if "dtype" in arguments:
+        return of_the_last(fuser, node, arguments)
     sizes = list(arguments["size"] if "size" in arguments else arguments["shape"])
     if x.layout is FOLD and meta.ndim == 2 and meta.dims[0] == x.meta.dims[0] and fuser.can_fold(meta):
         return fuser.call(aten.flatten.using_ints, (x.node, 1, -1), FOLD, meta)

@@ -93,7 +93,16 @@ class ADMM:
             raise UserError(f"targets {tuple(targets.shape)} are not one class for each input")
         weights = self._weights()
         data = inputs.flatten(1).T.to(weights[0])
-        wanted = nn.functional.one_hot(targets, len(weights[-1])).T.bool()
+        if len(data) + 1 != weights[0].shape[1]:
+            raise UserError(f"inputs of {len(data)} numbers for a net of {weights[0].shape[1] - 1}")
+        targets, classes = targets.long(), len(weights[-1])
+        least, most = (int(targets.min()), int(targets.max())) if len(targets) else (0, 0)
+        if least < 0 or most >= classes:
+            raise UserError(
+                f"classes from {least} to {most}, and the net has {classes} outputs",
+                hint=f"classes are numbers from 0 to {classes - 1}",
+            )
+        wanted = nn.functional.one_hot(targets, classes).T.bool()
         generator = torch.Generator().manual_seed(self._seed)
         z = [torch.randn(len(weight), data.shape[1], generator=generator).to(weight) for weight in weights]
         a = [data, *(value.relu() for value in z[:-1])]

@@ -266,13 +266,13 @@ class _Guess(nn.Module):
 
     def forward(self, value: Tensor, labels: Tensor | None) -> Tensor:
         """The gradient, in the shape of the value."""
-        given = value
+        given = value.to(next(self.net.parameters()).dtype)
         if self.classes:
             shape = (*value.shape[:-1], self.classes)
             if self.images:
                 shape = (value.shape[0], self.classes, *value.shape[2:])
-            seen = _spread(labels, shape, self.images).to(value)
-            given = torch.cat([value, seen], 1 if self.images else -1)
+            seen = _spread(labels, shape, self.images).to(given)
+            given = torch.cat([given, seen], 1 if self.images else -1)
         found: Tensor = self.net(given)
         return found
 
