@@ -13,7 +13,7 @@ from torch import Tensor
 from graphsplit import exports
 from graphsplit._api import Partition, from_bundle, partition
 from graphsplit._layer_groups import LayerGroups
-from graphsplit.bundle import DepthBundle, PartitionBundle, Saved, load
+from graphsplit.bundle import DepthBundle, PartitionBundle, Saved, load, program_of
 from graphsplit.cli.common import Start, Who
 from graphsplit.cli.console import Progress
 from graphsplit.drawing.division import Division
@@ -157,6 +157,41 @@ class OpenedDepth:
         return self.groups.verify()
 
 
+@dataclass(frozen=True)
+class OpenedProgram:
+    """One program: a model that was merged, or fused.
+
+    Attributes:
+        program: The program.
+        origin: Where it came from.
+    """
+
+    program: Program
+    origin: str
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a report begins with."""
+        return {"origin": self.origin, "model": self.program.name}
+
+    @property
+    def words(self) -> str:
+        """The same as text."""
+        return f"{self.program.name} from {self.origin}, one program"
+
+    def drawn(self) -> tuple[Program, Division | None]:
+        """What a figure shows."""
+        return self.program, None
+
+    def exports(self, folder: Path) -> exports.Exports:
+        """The one ONNX file."""
+        return exports.of_programs({"model.onnx": self.program}, folder)
+
+    def verify(self) -> Certificate:
+        """There is nothing to compare with."""
+        raise _no_partition(self.origin, "one program")
+
+
 def open_model(asked: Asked, progress: Progress, options: Options | None = None) -> Opened:
     """Load, trace and analyse a model."""
     options = options or Options()
@@ -180,15 +215,18 @@ def open_model(asked: Asked, progress: Progress, options: Options | None = None)
     return Opened(divided, asked.target, example=loaded.example)
 
 
-def open_any(asked: Asked, progress: Progress) -> Opened | OpenedDepth:
-    """The division of a bundle, by width or by depth, or of a model."""
+def open_any(asked: Asked, progress: Progress) -> Opened | OpenedDepth | OpenedProgram:
+    """The division of a bundle, by width or by depth, or of a model; or the one program of a bundle."""
     if not asked.is_bundle:
         return open_model(asked, progress)
     bundle = _read_any(asked, progress)
-    if not isinstance(bundle, DepthBundle):
+    if isinstance(bundle, PartitionBundle):
         return open_partition(asked, bundle, progress)
     if asked.k is not None:
-        raise typer.BadParameter(f"-k is for partitions, and {asked.target} holds layer groups")
+        raise typer.BadParameter(f"-k is for partitions, and {asked.target} holds {_what(bundle)}")
+    if not isinstance(bundle, DepthBundle):
+        program = bundle if isinstance(bundle, Program) else program_of(bundle)
+        return OpenedProgram(program, asked.target)
     with progress.step("open"):
         return OpenedDepth(from_bundle(bundle), asked.target)
 
@@ -233,8 +271,15 @@ def read_bundle(path: str, progress: Progress) -> PartitionBundle:
 def _as_partition(path: str, bundle: Saved) -> PartitionBundle:
     if isinstance(bundle, PartitionBundle):
         return bundle
-    what = "layer groups" if isinstance(bundle, DepthBundle) else "one program"
-    raise BundleError(
+    raise _no_partition(path, _what(bundle))
+
+
+def _what(bundle: Saved) -> str:
+    return "layer groups" if isinstance(bundle, DepthBundle) else "one program"
+
+
+def _no_partition(path: str, what: str) -> BundleError:
+    return BundleError(
         f"{path} holds {what} and no partition", hint="give a folder that `graphsplit partition` wrote"
     )
 

@@ -483,6 +483,8 @@ def test_the_command_line_fuses_a_bundle(tmp_path: Path) -> None:
     done = run("fuse", tmp_path / "out", "-o", tmp_path / "fused")
     assert done.exit_code == 0, done.stderr
     assert "2 sub-models" in done.stdout and "all checks hold" in done.stdout
+    assert run("draw", tmp_path / "fused", "-o", tmp_path / "fused.svg").exit_code == 0
+    assert "Sequential.fused2" in (tmp_path / "fused.svg").read_text()
     part, fused = gs.load(tmp_path / "out"), gs.load(tmp_path / "fused")
     assert isinstance(part, gs.Partition) and isinstance(fused, gs.Program)
     x = torch.randn(5, 6)
