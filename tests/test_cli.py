@@ -729,6 +729,10 @@ OPTIONS = {
         *("--onnx", "--merged", "--force", "--json", "-v/--verbose"),
     ],
     "merge": ["-o/--out", "--plain", "--weights-only", "--plan", "--force", "--json", "-v/--verbose"],
+    "fuse": [
+        *("-o/--out", "-k", "--own-inputs", "--entry", "--input", "--keep-output", "--no-verify", "--force"),
+        *("--json", "-v/--verbose"),
+    ],
     "critics": [
         *("-o/--out", "-n", "--at", "--balance", "--copy-tied", "--critic", "--loss", "--loss-output"),
         *("--seed", "--entry", "--input", "--keep-output", "--no-verify", "--onnx", "--force", "--json"),
@@ -773,7 +777,7 @@ def test_every_example_says_how_to_run_it_and_has_a_test() -> None:
     names = {path.stem for path in EXAMPLES.glob("*.py")}
     assert names == {
         *("char_lstm", "gpt2", "lenet", "paper_cifar10", "paper_mnist", "pipeline", "resnet50", "small_gpt"),
-        *("local_critics", "synthetic_labels", "train_apart_then_merge"),
+        *("local_critics", "synthetic_labels", "train_apart_then_merge", "train_fused"),
     }
     for name in names:
         text = (EXAMPLES / f"{name}.py").read_text()

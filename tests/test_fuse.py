@@ -16,7 +16,7 @@ from graphsplit.errors import PartitionError, PlanError, UnsupportedError, UserE
 from graphsplit.passes import Pipeline
 from graphsplit.passes.fuse import fuse as fuse_programs
 from graphsplit.program import check
-from laws import as_call, run
+from laws import as_call, run, script
 from zoo import ZOO
 
 K = 3
@@ -490,3 +490,9 @@ def test_the_command_line_fuses_a_bundle(tmp_path: Path) -> None:
     x = torch.randn(5, 6)
     expected = torch.stack([model(x) for model in part.submodels])
     torch.testing.assert_close(gs.emit(fused)(x), expected)
+
+
+@pytest.mark.slow
+def test_the_example_trains_all_at_once() -> None:
+    errors = script("train_fused").main(["--epochs", "2", "--rates", "0.01", "0.03"])
+    assert len(errors) == 2 and max(errors) < 0.3
