@@ -67,7 +67,7 @@ dist.init_process_group("gloo")
 groups, x, y = recurrent()
 stage = groups.pipeline_stage()
 loss = torch.nn.functional.cross_entropy
-schedule = Schedule1F1B(stage, 2, loss_fn=lambda scores, classes: loss(scores.flatten(0, 1), classes.flatten()))
+schedule = Schedule1F1B(stage, 4, loss_fn=lambda scores, classes: loss(scores.flatten(0, 1), classes.flatten()))
 if rank == 0:
     schedule.step(x)
 elif rank == 2:
