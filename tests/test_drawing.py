@@ -476,6 +476,20 @@ def test_groups_and_critics_have_their_colours() -> None:
     assert "<h2>Groups</h2>" in text and LOOKS["critic"] in text
 
 
+def test_groups_with_a_flag_of_training_are_drawn() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.Dropout(),
+        nn.Conv2d(4, 4, 3),
+        nn.Flatten(),
+        nn.LazyLinear(3),
+    )
+    model(torch.randn(2, 1, 8, 8))
+    drawn = outline(*gs.local_critics(model, torch.randn(2, 1, 8, 8), at=["3"]).drawn())
+    assert drawn.k == 2 and sum(drawn.held) == drawn.parameters
+
+
 def test_layer_groups_are_drawn_without_critics(tmp_path: Path) -> None:
     groups = gs.layer_groups(
         nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(4, 6), at=["2"]

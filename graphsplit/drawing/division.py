@@ -140,9 +140,9 @@ class ByDepth(Division):
         self._owners = owners
         held: list[dict[str, int]] = [{} for _ in range(n)]
         for node, (group, _) in owners.items():
-            for state in (operand for operand in node.all_input_nodes if operand.op == "get_attr"):
-                entry = program.state[str(state.target)]
-                if entry.kind == "parameter":
+            for operand in node.all_input_nodes:
+                entry = program.state.get(str(operand.target)) if operand.op == "get_attr" else None
+                if entry is not None and entry.kind == "parameter":
                     held[group][entry.name] = entry.tensor.numel()
         self.held = tuple(sum(counts.values()) for counts in held)
         critics = any(of_critic for _, of_critic in owners.values())
