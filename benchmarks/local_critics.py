@@ -31,8 +31,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import graphsplit as gs
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks")]
 import local_critics as example  # noqa: E402
+from synthetic_halves import digits, mlp  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 TEXT = """# Local critics against other ways to train
@@ -63,18 +64,6 @@ Parameters and FLOPs of an example, critics included:
 """
 Data = tuple[Tensor, Tensor]
 Split = tuple[Data, Data]
-
-
-def mlp() -> nn.Module:
-    """The paper's table III: 300 and 150 hidden units."""
-    return nn.Sequential(
-        nn.Flatten(), nn.Linear(64, 300), nn.ReLU(), nn.Linear(300, 150), nn.ReLU(), nn.Linear(150, 10)
-    )
-
-
-def digits() -> Split:
-    """Training and test images."""
-    return gs.data.digits(), gs.data.digits(train=False)
 
 
 def text() -> Split:

@@ -55,8 +55,8 @@ def fuse(
     programs = opened.pieces()
     with progress.step("fuse"):
         fused = fuse_programs(programs, own_inputs=own_inputs)
-    facts = {**opened.facts, "nodes": len(fused.program.graph().nodes), "looped": dict(fused.looped)}
-    report = dict(facts)
+    nodes = len(fused.program.graph().nodes)
+    report = {**opened.facts, "nodes": nodes, "looped": dict(fused.looped)}
     certificate = None
     if not no_verify:
         with progress.step("verify"):
@@ -68,7 +68,7 @@ def fuse(
     if as_json:
         console.json({**report, "timings": progress.timings, "written": written(out)})
         return
-    console.say(f"{opened.words}, fused: {facts['nodes']} nodes")
+    console.say(f"{opened.words}, fused: {nodes} nodes")
     if fused.looped:
         ops = ", ".join(f"{name} ({count})" for name, count in sorted(fused.looped.items()))
         console.say(f"run once for each sub-model: {ops}")

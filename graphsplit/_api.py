@@ -33,7 +33,7 @@ from graphsplit.passes.merge import merge
 from graphsplit.passes.partition import extract
 from graphsplit.plan import PartitionPlan
 from graphsplit.program import Program
-from graphsplit.retarget import place_of, retarget_program
+from graphsplit.retarget import moved_graphs, place_of
 from graphsplit.signature import as_call
 from graphsplit.verification import Certificate, Example, certify, opened_model
 
@@ -148,10 +148,7 @@ class Partition:
         merged = merge(self.analysis, states, duplicate=duplicate)
         before = place_of(entry.tensor for entry in self.program.state.values() if entry.kind == "parameter")
         after = place_of(entry.tensor for entry in merged.state.values() if entry.kind == "parameter")
-        if before is None or after is None or before == after:
-            return merged
-        moved = after[1] if after[1] != before[1] else None
-        return retarget_program(merged, before[0], after[0], moved)
+        return replace(merged, graphs=moved_graphs(merged.graphs, before, after))
 
     def coarsen(
         self, k: int, submodels: Sequence[nn.Module | Mapping[str, Tensor]] | None = None

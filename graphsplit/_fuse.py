@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ from graphsplit.errors import PlanError
 from graphsplit.passes.fuse import Fused, part_of
 from graphsplit.passes.fuse import fuse as fuse_programs
 from graphsplit.program import Mode, Program
-from graphsplit.retarget import place_of, retarget_program, without_noise
+from graphsplit.retarget import Place, moved_graphs, without_noise
 from graphsplit.tracing import trace
 from graphsplit.verification import (
     BOUND,
@@ -44,7 +44,7 @@ class FusedModule(ProgramModule):
         looped: How many ops of each name run once for each model, as they have no better way.
     """
 
-    _SHARED: ClassVar[set[str]] = {*ProgramModule._SHARED, "_single", "_fused"}
+    _SHARED: ClassVar[set[str]] = {*ProgramModule._SHARED, "_single"}
 
     def __init__(self, fused: Fused, single: Program) -> None:
         super().__init__(fused.program, copy=False)
@@ -56,30 +56,24 @@ class FusedModule(ProgramModule):
     def state_dicts(self) -> list[dict[str, Tensor]]:
         """The state of each model under the original names; the tensors are views of this module's."""
         saved = self.state_dict()
-        return [
-            {name: tensor if self._same.get(name, True) else tensor[number] for name, tensor in saved.items()}
-            for number in range(self.k)
-        ]
+        return [part_of(self._same, saved, number) for number in range(self.k)]
 
     def models(self) -> list[ProgramModule]:
         """Each model as a module of its own, whose parameters are views of this module's: no second copy."""
-        named: dict[str, Tensor] = dict(self.named_parameters(remove_duplicate=False))
-        named |= dict(self.named_buffers(remove_duplicate=False))
+        named = self._named()
         return [
             emit(self._single.with_state(self._state_of(named, number)), copy=False).train(self.training)
             for number in range(self.k)
         ]
 
+    def _named(self) -> dict[str, Tensor]:
+        """Every parameter and buffer under all its names."""
+        named: dict[str, Tensor] = dict(self.named_parameters(remove_duplicate=False))
+        return named | dict(self.named_buffers(remove_duplicate=False))
+
     def _state_of(self, named: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
-        return {
-            name: (named[name] if self._same[name] else named[name].detach()[number]).requires_grad_(
-                named[name].requires_grad
-            )
-            if entry.kind == "parameter"
-            else (named[name] if self._same[name] else named[name][number])
-            for name, entry in self._single.state.items()
-            if name in named
-        }
+        own = part_of(self._same, {name: tensor.detach() for name, tensor in named.items()}, number)
+        return {name: tensor.requires_grad_(named[name].requires_grad) for name, tensor in own.items()}
 
     def load_models(self, models: Sequence[nn.Module | Mapping[str, Tensor]]) -> None:
         """Take over the values of K models, or of their state dicts.
@@ -163,15 +157,10 @@ class FusedModule(ProgramModule):
         given, single = self.signature.inputs, self._single.signature.inputs
         return any(a.ndim != b.ndim for a, b in zip(given, single, strict=True))
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ProgramModule:
-        """Move the module, and the graphs of its models."""
-        before = place_of((*self.parameters(), *self.buffers()))
-        super()._apply(fn, recurse)
-        after = place_of((*self.parameters(), *self.buffers()))
-        if before is not None and after is not None and before != after:
-            moved = after[1] if after[1] != before[1] else None
-            self._single = without_weights(retarget_program(self._single, before[0], after[0], moved))
-        return self
+    def _follow(self, before: Place | None, after: Place | None) -> None:
+        """Let the graphs of a single model go along, too."""
+        super()._follow(before, after)
+        self._single = replace(self._single, graphs=moved_graphs(self._single.graphs, before, after))
 
     def __getstate__(self) -> dict[str, Any]:
         """As data, like the rest of the module."""
@@ -187,10 +176,7 @@ class FusedModule(ProgramModule):
 
         single = state.pop("_single")
         super().__setstate__(state)
-        named: dict[str, Tensor] = dict(self.named_parameters(remove_duplicate=False))
-        named |= dict(self.named_buffers(remove_duplicate=False))
-        tensors = {n: t if self._same.get(n, True) else t[0].detach() for n, t in named.items()}
-        self._single = without_weights(program_from_data(single, tensors))
+        self._single = without_weights(program_from_data(single, self._state_of(self._named(), 0)))
 
 
 def _names(program: Program, name: str) -> tuple[str, ...]:
@@ -263,8 +249,8 @@ def _drawn(single: Program, generator: torch.Generator) -> dict[str, Tensor]:
 def _errors(found: Ran, own: Ran, fused: Fused, number: int) -> tuple[float, float, float]:
     """Of outputs, buffers and gradients of one model."""
     outputs = [value[number] if isinstance(value, Tensor) else value for value in found.outputs]
-    buffers = part_of(fused, found.buffers, number)
-    gradients = part_of(fused, found.gradients, number)
+    buffers = part_of(fused.same, found.buffers, number)
+    gradients = part_of(fused.same, found.gradients, number)
     return (
         outputs_error(outputs, own.outputs),
         tensors_error(buffers, own.buffers),

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from graphsplit.errors import UnsupportedError
 from graphsplit.program import Mode, Program
-from graphsplit.retarget import place_of, retarget_graph
+from graphsplit.retarget import Place, moved_graphs, place_of
 from graphsplit.signature import Signature
 
 # Properties of emitted modules that give way to a part of the model with their name.
@@ -88,16 +88,13 @@ class ProgramModule(nn.Module):
         before = place_of((*self.parameters(), *self.buffers()))
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         after = place_of((*self.parameters(), *self.buffers()))
-        if before is not None and after is not None and before != after:
-            (old_dtype, old_device), (dtype, device) = before, after
-
-            def dtype_of(given: torch.dtype) -> torch.dtype:
-                return dtype if given == old_dtype else given
-
-            moved = device if device != old_device else None
-            self._graphs = tuple(retarget_graph(graph, dtype_of, moved) for graph in self._graphs)
-            self._runs = tuple(_compile(graph, self.program_name) for graph in self._graphs)
+        self._follow(before, after)
         return self
+
+    def _follow(self, before: Place | None, after: Place | None) -> None:
+        """Let the graphs go where the tensors went."""
+        self._graphs = moved_graphs(self._graphs, before, after)
+        self._runs = tuple(_compile(graph, self.program_name) for graph in self._graphs)
 
     @property
     def graph(self) -> Any:

@@ -72,10 +72,13 @@ def is_kept(node: fx.Node) -> bool:
     if node.op in ("placeholder", "output"):
         return True
     return isinstance(node.target, torch._ops.OpOverload) and (
-        node.target._schema.is_mutable
-        or node.target is aten.batch_norm.default
-        or torch.Tag.nondeterministic_seeded in node.target.tags
+        node.target._schema.is_mutable or node.target is aten.batch_norm.default or draws(node)
     )
+
+
+def draws(node: fx.Node) -> bool:
+    """True where an op draws random numbers."""
+    return torch.Tag.nondeterministic_seeded in overload_of(node).tags
 
 
 def drop_dead(graph: fx.Graph) -> bool:

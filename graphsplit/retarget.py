@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from graphsplit.graphs import copy_graph
-from graphsplit.program import Program, TensorMeta, op_name
+from graphsplit.program import TensorMeta, op_name
 
 aten = torch.ops.aten
 
@@ -86,17 +86,24 @@ def without_noise(graph: fx.Graph) -> fx.Graph:
     return copied
 
 
-def retarget_program(
-    program: Program, old: torch.dtype, new: torch.dtype, device: torch.device | None
-) -> Program:
-    """A program whose state was moved: the dtypes and devices that stand in its graphs go along."""
+Place = tuple[torch.dtype, torch.device]
+
+
+def moved_graphs(
+    graphs: tuple[fx.Graph, ...], before: Place | None, after: Place | None
+) -> tuple[fx.Graph, ...]:
+    """Graphs of a state that was moved: dtypes and devices that stand in them go along; else the same."""
+    if before is None or after is None or before == after:
+        return graphs
+    (old_dtype, old_device), (dtype, device) = before, after
 
     def dtype_of(given: torch.dtype) -> torch.dtype:
-        return new if given == old else given
+        return dtype if given == old_dtype else given
 
-    return replace(program, graphs=tuple(retarget_graph(graph, dtype_of, device) for graph in program.graphs))
+    moved = device if device != old_device else None
+    return tuple(retarget_graph(graph, dtype_of, moved) for graph in graphs)
 
 
-def place_of(tensors: Iterable[torch.Tensor]) -> tuple[torch.dtype, torch.device] | None:
+def place_of(tensors: Iterable[torch.Tensor]) -> Place | None:
     """Dtype and device of the first floating-point tensor."""
     return next(((t.dtype, t.device) for t in tensors if t.dtype.is_floating_point), None)

@@ -29,7 +29,7 @@ from graphsplit.fusion import rules as _rules  # noqa: F401  (registers the rule
 from graphsplit.fusion.fuser import Fuser
 from graphsplit.graphs import node_arg
 from graphsplit.passes.base import Pass, PassResult, Programs
-from graphsplit.program import TRAINING, Dim, Program, StateEntry, TensorMeta, op_name, source_of
+from graphsplit.program import TRAINING, Program, StateEntry, op_name, source_of
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,11 @@ def fuse(programs: Sequence[Program], *, own_inputs: bool = False) -> Fused:
     written = {name for graph in first.graphs for name in _written(graph)}
     same = {name: name not in written and _is_same(programs, name) for name in first.state}
     constants: dict[str, StateEntry] = {}
-    graphs = []
-    looped: dict[str, int] = {}
-    for graph in first.graphs:
-        fuser = Fuser(k, same, constants)
-        graphs.append(fuser.run(graph, own_inputs=own_inputs))
-        looped.update(fuser.looped)
+    fusers = [Fuser(k, same, constants) for _ in first.graphs]
+    graphs = tuple(
+        fuser.run(graph, own_inputs=own_inputs) for fuser, graph in zip(fusers, first.graphs, strict=True)
+    )
+    looped = {name: count for fuser in fusers for name, count in fuser.looped.items()}
     state = {
         name: replace(
             entry, tensor=entry.tensor if same[name] else stacked([p.state[name] for p in programs])
@@ -83,12 +82,12 @@ def fuse(programs: Sequence[Program], *, own_inputs: bool = False) -> Fused:
     }
     signature = first.signature
     if own_inputs:
-        inputs = tuple(TensorMeta((Dim(k), *meta.dims), meta.dtype, meta.device) for meta in signature.inputs)
+        inputs = tuple(map(fusers[0].stacked, signature.inputs))
         signature = replace(signature, inputs=inputs)
     fused = replace(
         first,
         name=f"{first.name}.fused{k}",
-        graphs=tuple(graphs),
+        graphs=graphs,
         state=state | constants,
         signature=signature,
     )
@@ -101,13 +100,9 @@ def stacked(entries: Sequence[StateEntry]) -> Tensor:
     return tensor.requires_grad_(entries[0].tensor.requires_grad)
 
 
-def part_of(fused: Fused, state: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
-    """State of one model, as views of that of all."""
-    return {
-        name: state[name] if same else state[name][number]
-        for name, same in fused.same.items()
-        if name in state
-    }
+def part_of(same: Mapping[str, bool], state: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
+    """State of one model, as views of that of all; for ``same`` see `Fused`."""
+    return {name: tensor if same.get(name, True) else tensor[number] for name, tensor in state.items()}
 
 
 def _is_same(programs: Sequence[Program], name: str) -> bool:
@@ -123,10 +118,9 @@ def _written(graph: fx.Graph) -> set[str]:
     found = set()
     for node in graph.find_nodes(op="call_function", target=aten.copy_.default):
         found.add(str(node_arg(node).target))
-    for node in graph.find_nodes(op="call_function", target=aten.batch_norm.default):
-        found |= {str(item.target) for item in node.args[3:5] if isinstance(item, fx.Node)}
-    for node in graph.find_nodes(op="call_function", target=aten.instance_norm.default):
-        found |= {str(item.target) for item in node.args[3:5] if isinstance(item, fx.Node)}
+    for norm in (aten.batch_norm.default, aten.instance_norm.default):
+        for node in graph.find_nodes(op="call_function", target=norm):
+            found |= {str(item.target) for item in node.args[3:5] if isinstance(item, fx.Node)}
     return found
 
 

@@ -25,7 +25,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from graphsplit.builder import GraphBuilder, aten
-from graphsplit.graphs import base_name, drop_dead, node_arg, overload_of
+from graphsplit.graphs import base_name, draws, drop_dead, node_arg, overload_of
 from graphsplit.program import TRAINING, Dim, StateEntry, TensorMeta, op_name, source_of
 
 
@@ -66,11 +66,6 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
         return function
 
     return register
-
-
-def draws(node: fx.Node) -> bool:
-    """True where an op draws random numbers, which are each model's own."""
-    return torch.Tag.nondeterministic_seeded in overload_of(node).tags
 
 
 class Fuser:
@@ -261,7 +256,7 @@ class Fuser:
             return found[node.args[1]]
         given = self.lookup((node.args, node.kwargs))
         operands = [item for item in _leaves(given) if isinstance(item, Value)]
-        overload = isinstance(node.target, torch._ops.OpOverload)
+        overload = isinstance(node.target, torch._ops.OpOverload)  # what draws is each model's own
         if all(item.layout is Layout.SAME for item in operands) and not (overload and draws(node)):
             return self._as_it_is(node, given)
         if node.target is aten.copy_.default:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import string
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,8 +12,8 @@ from torch import fx
 
 from graphsplit.analysis.rules.pointwise import NARY, UNARY
 from graphsplit.builder import aten
-from graphsplit.fusion.fuser import Fuser, Layout, Result, Value, draws, rule
-from graphsplit.graphs import base_name, overload_of
+from graphsplit.fusion.fuser import Fuser, Layout, Result, Value, rule
+from graphsplit.graphs import base_name, draws, overload_of
 from graphsplit.program import Dim, TensorMeta, meta_of
 
 Arguments = dict[str, Any]
@@ -199,7 +201,7 @@ def linear(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
         return _of_one_input(fuser, node, x, weight, bias)
     build, k = fuser.build, fuser.k
     given = fuser.stack(x)
-    rows = Dim(_size(x.meta, range(x.meta.ndim - 1)), _symbol(x.meta, range(x.meta.ndim - 1)))
+    rows = _product(x.meta.dims[:-1])
     if x.meta.ndim > 2:
         flat = TensorMeta((Dim(k), rows, x.meta.dims[-1]), meta.dtype, meta.device)
         given = build.call(aten.flatten.using_ints, (given, 1, x.meta.ndim - 1), flat)
@@ -232,17 +234,10 @@ def _of_one_input(fuser: Fuser, node: fx.Node, x: Value, weight: Value, bias: Va
     return Value(fuser.build.call(aten.permute.default, (made, order), fuser.stacked(meta)), STACK, meta)
 
 
-def _size(meta: TensorMeta, dims: range) -> int:
-    found = 1
-    for dim in dims:
-        found *= meta.shape[dim]
-    return found
-
-
-def _symbol(meta: TensorMeta, dims: range) -> str | None:
-    if all(meta.dims[dim].symbol is None for dim in dims):
-        return None
-    return "*".join(f"({meta.dims[dim]})" for dim in dims)
+def _product(dims: Sequence[Dim]) -> Dim:
+    """Several dimensions as one."""
+    fixed = all(dim.symbol is None for dim in dims)
+    return Dim(math.prod(dim.hint for dim in dims), None if fixed else "*".join(f"({dim})" for dim in dims))
 
 
 def _sizes(fuser: Fuser, x: Value, dims: range) -> list[Any]:

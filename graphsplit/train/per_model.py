@@ -8,6 +8,7 @@ rate of a parameter group, ``lr``, is a factor on all rates, 1 at the start, so 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from graphsplit.errors import UserError
 Setting = float | Sequence[float]
 
 
-class _PerModel(Optimizer):
+class _PerModel(Optimizer, ABC):
     """Settings as vectors of K."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], settings: dict[str, Setting]) -> None:
@@ -56,8 +57,9 @@ class _PerModel(Optimizer):
                     self._update(parameter, parameter.grad, group, self.state[parameter])
         return loss
 
+    @abstractmethod
     def _update(self, p: nn.Parameter, g: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
-        raise NotImplementedError
+        """Change one parameter by its gradient."""
 
 
 def _along(vector: Tensor, like: Tensor) -> Tensor:
