@@ -66,8 +66,8 @@ def main() -> None:
             untraced += 1
             rows.append(f"| {name} | refused by the tracer: {str(refusal)[:80]} | | |")
             continue
-        certificate = certify_fused(program, options.k)
         fused = fuse([program] * options.k)
+        certificate = certify_fused(fused, program)
         looped.update(fused.looped)
         wrong += not certificate.ok
         errors.append(certificate.max_error)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from graphsplit._fuse import certify_fused
-from graphsplit.bundle import save
+from graphsplit.bundle import FusedBundle, save, without_weights
 from graphsplit.cli import console
 from graphsplit.cli.common import (
     Entry,
@@ -26,9 +26,15 @@ from graphsplit.cli.common import (
 )
 from graphsplit.cli.opening import Asked, open_width
 from graphsplit.passes.fuse import fuse as fuse_programs
+from graphsplit.passes.fuse import fuse_where_it_pays
 
 OwnInputs = Annotated[
     bool, typer.Option("--own-inputs", help="Each sub-model has inputs of its own, on a dimension of K.")
+]
+
+
+Auto = Annotated[
+    bool, typer.Option("--auto", help="Measure, and run one sub-model after the other where that is faster.")
 ]
 
 
@@ -37,6 +43,7 @@ def fuse(
     out: Out,
     k: OptionalK = None,
     own_inputs: OwnInputs = False,
+    auto: Auto = False,
     entry: Entry = None,
     inputs: Inputs = None,
     keep_output: Outputs = None,
@@ -54,22 +61,35 @@ def fuse(
     opened = open_width(Asked(target, k, entry, inputs, keep_output), progress)
     programs = opened.pieces()
     with progress.step("fuse"):
-        fused = fuse_programs(programs, own_inputs=own_inputs)
+        make = fuse_where_it_pays if auto else fuse_programs
+        fused = make(programs, own_inputs=own_inputs)
     nodes = len(fused.program.graph().nodes)
-    report = {**opened.facts, "nodes": nodes, "looped": dict(fused.looped)}
+    report = {**opened.facts, "nodes": nodes, "looped": dict(fused.looped), "in_turn": fused.in_turn}
+    if fused.cost is not None:
+        report["seconds"] = {"in_turn": fused.cost.in_turn, "fused": fused.cost.fused}
     certificate = None
     if not no_verify:
         with progress.step("verify"):
-            certificate = certify_fused(programs[0], fused.k, own_inputs=own_inputs)
+            certificate = certify_fused(fused, programs[0])
         report["certificate"] = certificate.to_data()
         check_to_write(certificate, lambda: report, as_json=as_json)
     with progress.step("write"):
-        save(fused.program, out, overwrite=force)
+        data = None if certificate is None else certificate.to_data()
+        single = without_weights(programs[0])
+        save(
+            FusedBundle(
+                fused.program, single, fused.k, fused.same, fused.looped, fused.in_turn, certificate=data
+            ),
+            out,
+            overwrite=force,
+        )
     if as_json:
         console.json({**report, "timings": progress.timings, "written": written(out)})
         return
-    console.say(f"{opened.words}, fused: {nodes} nodes")
-    if fused.looped:
+    console.say(f"{opened.words}, {'one after the other' if fused.in_turn else 'fused'}: {nodes} nodes")
+    if fused.cost is not None:
+        console.say(f"forward and backward: {fused.cost}" + (", so not fused" if fused.in_turn else ""))
+    if fused.looped and not fused.in_turn:
         ops = ", ".join(f"{name} ({count})" for name, count in sorted(fused.looped.items()))
         console.say(f"run once for each sub-model: {ops}")
     if certificate is not None:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from graphsplit import exports
 from graphsplit._api import Partition, from_bundle, partition
+from graphsplit._fuse import FusedModule
 from graphsplit._layer_groups import LayerGroups
-from graphsplit.bundle import DepthBundle, PartitionBundle, Saved, load, program_of
+from graphsplit.bundle import DepthBundle, FusedBundle, PartitionBundle, Saved, load, program_of
 from graphsplit.cli.common import Start, Who
 from graphsplit.cli.console import Progress
 from graphsplit.drawing.division import Division
@@ -192,6 +193,31 @@ class OpenedProgram:
         raise _no_partition(self.origin, "one program")
 
 
+@dataclass(frozen=True)
+class OpenedFused(OpenedProgram):
+    """K models that run as one.
+
+    Attributes:
+        found: The bundle.
+    """
+
+    found: FusedBundle
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a report begins with."""
+        return {**super().facts, "k": self.found.k}
+
+    @property
+    def words(self) -> str:
+        """The same as text."""
+        return f"{self.program.name} from {self.origin}, {self.found.k} models as one"
+
+    def verify(self) -> Certificate:
+        """That the program does what its models do apart."""
+        return FusedModule.from_bundle(self.found).verify()
+
+
 def open_model(asked: Asked, progress: Progress, options: Options | None = None) -> Opened:
     """Load, trace and analyse a model."""
     options = options or Options()
@@ -224,6 +250,8 @@ def open_any(asked: Asked, progress: Progress) -> Opened | OpenedDepth | OpenedP
         return open_partition(asked, bundle, progress)
     if asked.k is not None:
         raise typer.BadParameter(f"-k is for partitions, and {asked.target} holds {_what(bundle)}")
+    if isinstance(bundle, FusedBundle):
+        return OpenedFused(bundle.program, asked.target, bundle)
     if not isinstance(bundle, DepthBundle):
         program = bundle if isinstance(bundle, Program) else program_of(bundle)
         return OpenedProgram(program, asked.target)
@@ -275,7 +303,9 @@ def _as_partition(path: str, bundle: Saved) -> PartitionBundle:
 
 
 def _what(bundle: Saved) -> str:
-    return "layer groups" if isinstance(bundle, DepthBundle) else "one program"
+    if isinstance(bundle, DepthBundle):
+        return "layer groups"
+    return "a fused module" if isinstance(bundle, FusedBundle) else "one program"
 
 
 def _no_partition(path: str, what: str) -> BundleError:

@@ -20,7 +20,7 @@ from graphsplit._synthetic_halves import SyntheticHalves
 from graphsplit.analysis import Analysis, analyse
 from graphsplit.analysis.analysis import check_k
 from graphsplit.analysis.dealing import Prescribed, Strategy, check_shares, dealer_of
-from graphsplit.bundle import DepthBundle, PartitionBundle
+from graphsplit.bundle import DepthBundle, FusedBundle, PartitionBundle
 from graphsplit.drawing import draw as figure_of
 from graphsplit.drawing import snippet
 from graphsplit.drawing.division import ByWidth, Division
@@ -100,13 +100,18 @@ class Partition:
         return tuple(program.with_state(state) for program, state in zip(self.programs, states, strict=True))
 
     def fuse(
-        self, submodels: Sequence[nn.Module | Mapping[str, Tensor]] | None = None, *, own_inputs: bool = False
+        self,
+        submodels: Sequence[nn.Module | Mapping[str, Tensor]] | None = None,
+        *,
+        own_inputs: bool = False,
+        auto: bool = False,
     ) -> FusedModule:
         """The K sub-models as one module that does the work of all of them.
 
         Args:
             submodels: Trained sub-models, or their state dicts; by default those of this partition.
             own_inputs: Each sub-model has inputs of its own, on a leading dimension of K.
+            auto: See `fuse`.
 
         Returns:
             A module in train mode whose outputs have a leading dimension of K; see `FusedModule`.
@@ -119,7 +124,9 @@ class Partition:
         if submodels is not None:
             states = self._states(submodels)
             programs = tuple(p.with_state(state) for p, state in zip(self.programs, states, strict=True))
-        return fuse(programs, own_inputs=own_inputs)
+        example = self._example
+        given = (example.args, example.kwargs) if example is not None and auto else ((), None)
+        return fuse(programs, *given, own_inputs=own_inputs, auto=auto)
 
     def merge(
         self, submodels: Sequence[nn.Module | Mapping[str, Tensor]] | None = None, duplicate: bool = True
@@ -380,15 +387,15 @@ def _difference(wanted: PartitionPlan, found: PartitionPlan) -> str:
     return "state tensors or axes differ"
 
 
-Object = Partition | LayerGroups | LocalCritics | SyntheticHalves | Program | ProgramModule
+Object = Partition | LayerGroups | LocalCritics | SyntheticHalves | FusedModule | Program | ProgramModule
 
 
-def save(obj: Object | PartitionBundle | DepthBundle, path: str | Path) -> None:
+def save(obj: Object | PartitionBundle | DepthBundle | FusedBundle, path: str | Path) -> None:
     """Write a bundle, all of it or nothing; an older bundle in its place is replaced.
 
     Args:
         obj: What graphsplit made, with the weights that it has now: a partition, layer groups, local critics,
-            synthetic halves, a program or a module.
+            synthetic halves, a fused module, a program or a module.
         path: The folder.
 
     Raises:
@@ -396,7 +403,7 @@ def save(obj: Object | PartitionBundle | DepthBundle, path: str | Path) -> None:
     """
     if isinstance(obj, Partition):
         obj = PartitionBundle(bundle.without_weights(obj.program), obj.plan, obj.current_programs())
-    elif isinstance(obj, (LayerGroups, LocalCritics, SyntheticHalves)):
+    elif isinstance(obj, (LayerGroups, LocalCritics, SyntheticHalves, FusedModule)):
         obj = obj.to_bundle()
     bundle.save(obj, path)
 
@@ -413,6 +420,8 @@ def load(path: str | Path) -> Object:
     found = bundle.load(path)
     if isinstance(found, DepthBundle):
         return from_bundle(found)
+    if isinstance(found, FusedBundle):
+        return FusedModule.from_bundle(found)
     if not isinstance(found, PartitionBundle):
         return found
     divided = partition(found.source, plan=found.plan)

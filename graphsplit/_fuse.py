@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from graphsplit.bundle import program_of, without_weights
+from graphsplit.builder import aten
+from graphsplit.bundle import FusedBundle, program_of, without_weights
 from graphsplit.emission import ProgramModule, emit, random_state
 from graphsplit.errors import PlanError
-from graphsplit.passes.fuse import Fused, part_of
+from graphsplit.passes.fuse import Fused, fuse_where_it_pays, part_of
 from graphsplit.passes.fuse import fuse as fuse_programs
 from graphsplit.program import Mode, Program
 from graphsplit.retarget import Place, moved_graphs, without_noise
+from graphsplit.signature import as_call
 from graphsplit.tracing import trace
 from graphsplit.verification import (
     BOUND,
@@ -42,14 +44,18 @@ class FusedModule(ProgramModule):
     Attributes:
         k: Number of models.
         looped: How many ops of each name run once for each model, as they have no better way.
+        in_turn: Every op does, as it was asked for what pays, and fusing did not.
+        cost: What was measured to find that out.
     """
 
     _SHARED: ClassVar[set[str]] = {*ProgramModule._SHARED, "_single"}
 
     def __init__(self, fused: Fused, single: Program) -> None:
-        super().__init__(fused.program, copy=False)
+        super().__init__(_laid_out(fused.program), copy=False)
         self.k = fused.k
         self.looped = dict(fused.looped)
+        self.in_turn = fused.in_turn
+        self.cost = fused.cost
         self._same = {name: same for first, same in fused.same.items() for name in _names(single, first)}
         self._single = without_weights(single)
 
@@ -98,7 +104,8 @@ class FusedModule(ProgramModule):
                             f"{name} is one tensor for all models, and model {number} has other values of it",
                             hint="fuse these models anew",
                         )
-                    own.copy_(state[name])
+                found = [state[name] for state in states]  # they may be views of this module's
+                tensor.copy_(found[0] if self._same.get(name, True) else torch.stack(found))
 
     def load_optimizers(
         self,
@@ -151,11 +158,21 @@ class FusedModule(ProgramModule):
         Outputs, buffers and gradients are compared with those of K separate models; what is drawn at random
         is left out, as each way draws other numbers.
         """
-        return certify_fused(program_of(self.models()[0]), self.k, own_inputs=self._own_inputs())
+        fused = Fused(program_of(self), self.k, self._same, self.looped)
+        return certify_fused(fused, program_of(self.models()[0]))
 
-    def _own_inputs(self) -> bool:
-        given, single = self.signature.inputs, self._single.signature.inputs
-        return any(a.ndim != b.ndim for a, b in zip(given, single, strict=True))
+    def to_bundle(self) -> FusedBundle:
+        """What `gs.save` writes."""
+        same = {name: self._same[name] for name in self._single.state}
+        return FusedBundle(
+            program_of(self), self._single, self.k, same, self.looped, self.in_turn, training=self.training
+        )
+
+    @classmethod
+    def from_bundle(cls, found: FusedBundle) -> FusedModule:
+        """The module that a bundle holds."""
+        fused = Fused(found.program, found.k, found.same, found.looped, found.in_turn)
+        return cls(fused, found.single).train(found.training)
 
     def _follow(self, before: Place | None, after: Place | None) -> None:
         """Let the graphs of a single model go along, too."""
@@ -177,6 +194,28 @@ class FusedModule(ProgramModule):
         single = state.pop("_single")
         super().__setstate__(state)
         self._single = without_weights(program_from_data(single, self._state_of(self._named(), 0)))
+
+
+def _laid_out(program: Program) -> Program:
+    """Weights that are only ever read transposed stand transposed in memory, and so do their gradients."""
+    turned = {
+        name: entry.tensor.detach().mT.contiguous().mT.requires_grad_(entry.tensor.requires_grad)
+        for name, entry in program.state.items()
+        if entry.kind == "parameter" and _is_read_transposed(program, name)
+    }
+    return program.with_state(turned)
+
+
+def _is_read_transposed(program: Program, name: str) -> bool:
+    readers = [
+        reader
+        for graph in program.graphs
+        for node in graph.find_nodes(op="get_attr", target=name)
+        for reader in node.users
+    ]
+    return bool(readers) and all(
+        reader.target is aten.transpose.int and reader.args[1:] == (1, 2) for reader in readers
+    )
 
 
 def _names(program: Program, name: str) -> tuple[str, ...]:
@@ -205,38 +244,56 @@ def _equal(a: Any, b: Any) -> bool:
     return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
 
 
-def certify_fused(single: Program, k: int, *, own_inputs: bool = False) -> Certificate:
-    """Prove a fusion of K models with random values, in both modes and without noise.
+def certify_fused(fused: Fused, single: Program) -> Certificate:
+    """Prove a fusion with random values, in both modes and without noise.
 
     Args:
+        fused: All models as one program, of which the graphs count, and not the values.
         single: One of the models.
-        k: How many.
-        own_inputs: Each has inputs of its own.
     """
     generator = torch.Generator().manual_seed(0)
-    quiet = replace(single, graphs=tuple(without_noise(graph) for graph in single.graphs))
-    programs = [in_double(quiet.with_state(_drawn(single, generator))) for _ in range(k)]
-    fused = fuse_programs(programs, own_inputs=own_inputs)
+    drawn = [_drawn(single, generator) for _ in range(fused.k)]
+    for other in drawn[1:]:
+        other.update((name, value) for name, value in drawn[0].items() if fused.same[name])
+    together = {
+        name: (value if fused.same[name] else torch.stack([own[name] for own in drawn])).requires_grad_(
+            single.state[name].requires_grad
+        )
+        for name, value in drawn[0].items()
+    }
+    whole = _quiet(fused.program, together)
+    programs = [_quiet(single, own) for own in drawn]
     inputs = flat_inputs(programs[0].signature, None)
-    each = [inputs] * k
+    each = [inputs] * fused.k
     given = inputs
-    if own_inputs:
+    if has_own_inputs(fused.program, single):
         metas = programs[0].signature.inputs
-        each = [inputs, *([random_input(meta, generator) for meta in metas] for _ in range(k - 1))]
+        each = [inputs, *([random_input(meta, generator) for meta in metas] for _ in range(fused.k - 1))]
         given = [torch.stack(values) for values in zip(*each, strict=True)]
     rows = []
     modes: tuple[Mode, ...] = ("eval", "train")
     for mode in modes:
-        found = run_chain([fused.program], given, mode, stacked=True)
+        found = run_chain([whole], given, mode, stacked=True)
         errors = [
             _errors(found, run_chain([program], values, mode), fused, number)
             for number, (program, values) in enumerate(zip(programs, each, strict=True))
         ]
         for what, column in zip(
-            (f"outputs of {k} models", "buffers", "gradients"), zip(*errors, strict=True), strict=True
+            (f"outputs of {fused.k} models", "buffers", "gradients"), zip(*errors, strict=True), strict=True
         ):
             rows.append(Row(f"{what}, fused and apart ({mode})", max(column), BOUND, "float64"))
     return Certificate(tuple(rows))
+
+
+def _quiet(program: Program, state: Mapping[str, Tensor]) -> Program:
+    quiet = replace(program, graphs=tuple(without_noise(graph) for graph in program.graphs))
+    return in_double(quiet.with_state(state))
+
+
+def has_own_inputs(fused: Program, single: Program) -> bool:
+    """True where each model has inputs of its own."""
+    pairs = zip(fused.signature.inputs, single.signature.inputs, strict=True)
+    return any(a.ndim != b.ndim for a, b in pairs)
 
 
 def _drawn(single: Program, generator: torch.Generator) -> dict[str, Tensor]:
@@ -264,6 +321,7 @@ def fuse(
     kwargs: Mapping[str, Any] | None = None,
     *,
     own_inputs: bool = False,
+    auto: bool = False,
 ) -> FusedModule:
     """K models of one architecture as one module, which takes over a copy of their values.
 
@@ -272,6 +330,8 @@ def fuse(
         args: Example inputs of one model, for modules that are not traced yet.
         kwargs: Further example inputs by keyword.
         own_inputs: Each model has inputs of its own, on a leading dimension of K; else all see the same.
+        auto: Measure what fusing brings, on the example inputs where there are any, and run every op once for
+            each model where it does not pay; see `FusedModule.cost`.
 
     Raises:
         PartitionError: There are no models.
@@ -279,7 +339,11 @@ def fuse(
         TraceError, UnsupportedError, InputError: A model cannot be traced.
     """
     programs = [_program(model, args, kwargs) for model in models]
-    return FusedModule(fuse_programs(programs, own_inputs=own_inputs), programs[0])
+    if not auto:
+        return FusedModule(fuse_programs(programs, own_inputs=own_inputs), programs[0])
+    given = args != () or bool(kwargs)
+    inputs = programs[0].signature.flatten(*as_call(args, kwargs)) if programs and given else None
+    return FusedModule(fuse_where_it_pays(programs, own_inputs=own_inputs, inputs=inputs), programs[0])
 
 
 def _program(model: nn.Module | Program, args: Any, kwargs: Mapping[str, Any] | None) -> Program:

@@ -45,7 +45,7 @@ FORMAT = "graphsplit-bundle"
 VERSION = 1
 MANIFEST = "manifest.json"
 
-Kind = Literal["program", "module", "partition", "layer-groups"]
+Kind = Literal["program", "module", "partition", "layer-groups", "fused"]
 
 Plan = TypeVar("Plan", PartitionPlan, DepthPlan)
 
@@ -99,7 +99,32 @@ class DepthBundle:
     files: Mapping[str, bytes | Path] = field(default_factory=dict)
 
 
-Saved = Program | ProgramModule | PartitionBundle | DepthBundle
+@dataclass(frozen=True)
+class FusedBundle:
+    """All that belongs to K models that run as one.
+
+    Attributes:
+        program: All of them.
+        single: One of them, without weights.
+        k: How many.
+        same: For each state tensor whether all models share one; others have a leading dimension of K.
+        looped: How many ops of each name run once for each model.
+        in_turn: Every op does.
+        training: In train mode.
+        certificate: Numbers that prove the rewrite, as plain JSON data.
+    """
+
+    program: Program
+    single: Program
+    k: int
+    same: Mapping[str, bool]
+    looped: Mapping[str, int]
+    in_turn: bool = False
+    training: bool = True
+    certificate: dict[str, Any] | None = None
+
+
+Saved = Program | ProgramModule | PartitionBundle | DepthBundle | FusedBundle
 
 
 def save(obj: Saved, path: str | Path, *, overwrite: bool = True) -> None:
@@ -195,6 +220,8 @@ def _content(obj: Saved) -> _Content:
         return _partition_content(obj)
     if isinstance(obj, DepthBundle):
         return _depth_content(obj)
+    if isinstance(obj, FusedBundle):
+        return _fused_content(obj)
     if isinstance(obj, ProgramModule):
         content = _Content("module", obj.program_name, {"training": obj.training})
         content.index["program"] = content.add("program", program_of(obj))
@@ -239,6 +266,17 @@ def _depth_content(obj: DepthBundle) -> _Content:
     ]
     content.index["options"] = encode(obj.options, "the options")
     _add_rest(content, obj.certificate, obj.files)
+    return content
+
+
+def _fused_content(obj: FusedBundle) -> _Content:
+    content = _Content("fused", obj.single.name, {"k": obj.k, "in_turn": obj.in_turn})
+    content.index["program"] = content.add("program", obj.program)
+    content.index["single"] = content.add("single", without_weights(obj.single))
+    content.index["same"] = sorted(name for name, same in obj.same.items() if same)
+    content.index["looped"] = dict(sorted(obj.looped.items()))
+    content.index["training"] = obj.training
+    _add_rest(content, obj.certificate, {})
     return content
 
 
@@ -565,6 +603,8 @@ class _Reader:
             return self._partition()
         if kind == "layer-groups":
             return self._layer_groups()
+        if kind == "fused":
+            return self._fused()
         if kind not in ("program", "module"):
             raise BundleError(f"{self.folder / MANIFEST} is of the kind {kind!r}, which is not known")
         program = self._program(self.manifest["program"])
@@ -595,6 +635,29 @@ class _Reader:
             options=decode(manifest["options"]),
             certificate=decode(manifest["certificate"]),
             files={name: self._path(name).absolute() for name in manifest["extra"]},
+        )
+
+    def _fused(self) -> FusedBundle:
+        manifest = self.manifest
+        program, single = self._program(manifest["program"]), self._program(manifest["single"])
+        same = set(manifest["same"])
+        k = int(manifest["k"])
+        odd = [
+            name
+            for name, entry in program.state.items()
+            if name in single.state and name not in same and entry.tensor.shape[:1] != (k,)
+        ]
+        if odd:
+            raise BundleError(f"{self.folder / MANIFEST} is for {k} models, and {odd[0]} is not of so many")
+        return FusedBundle(
+            program=program,
+            single=single,
+            k=k,
+            same={name: name in same for name in single.state},
+            looped={str(name): int(count) for name, count in manifest["looped"].items()},
+            in_turn=manifest["in_turn"] is True,
+            training=manifest["training"] is True,
+            certificate=decode(manifest["certificate"]),
         )
 
     def _partition(self) -> PartitionBundle:

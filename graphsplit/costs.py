@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
 
 from graphsplit.errors import UserError
 from graphsplit.graphs import base_name
@@ -231,20 +232,38 @@ class _Timed(_Watched):
     def __init__(self, graph: fx.Graph, state: Mapping[str, Tensor]) -> None:
         super().__init__(graph, state)
         self.seconds: dict[fx.Node, float] = {}
+        self._waits = any(tensor.device.type != "cpu" for tensor in state.values())
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node, and go backward through it alone."""
-        start = time.perf_counter()
+        start = self._now()
         result = super().run_node(n)
-        if isinstance(result, Tensor) and result.requires_grad and n.op == "call_function":
-            values: list[Any] = [self.env.get(used) for used in n.all_input_nodes]
-            inputs = [value for value in values if isinstance(value, Tensor) and value.requires_grad]
-            if inputs:
-                torch.autograd.grad(result, inputs, torch.ones_like(result), allow_unused=True)
-        self.seconds[n] = time.perf_counter() - start
-        if isinstance(result, Tensor) and result.requires_grad and n.op == "call_function":
-            result = result.detach().requires_grad_()
-        return result
+        if n.op != "call_function":
+            self.seconds[n] = self._now() - start
+            return result
+        outputs = _with_gradient([result])
+        inputs = _with_gradient([self.env.get(used) for used in n.all_input_nodes])
+        if outputs and inputs:
+            ones = [torch.ones_like(output) for output in outputs]
+            torch.autograd.grad(outputs, inputs, ones, allow_unused=True)
+        self.seconds[n] = self._now() - start
+        return pytree.tree_map_only(Tensor, _cut_off, result)
+
+    def _now(self) -> float:
+        """When all that was asked for is done."""
+        if self._waits:
+            torch.accelerator.synchronize()
+        return time.perf_counter()
+
+
+def _with_gradient(values: Any) -> list[Tensor]:
+    leaves = pytree.tree_leaves(values)
+    return [value for value in leaves if isinstance(value, Tensor) and value.requires_grad]
+
+
+def _cut_off(tensor: Tensor) -> Tensor:
+    """The same values, from which the backward pass goes no further."""
+    return tensor.detach().requires_grad_() if tensor.requires_grad else tensor
 
 
 def seconds(

@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 from graphsplit.builder import aten
 from graphsplit.errors import PartitionError, PlanError, UnsupportedError
 from graphsplit.fusion import rules as _rules  # noqa: F401  (registers the rules)
+from graphsplit.fusion.cost import FusionCost, fusion_cost
 from graphsplit.fusion.fuser import Fuser
 from graphsplit.graphs import node_arg
 from graphsplit.passes.base import Pass, PassResult, Programs
@@ -42,20 +43,25 @@ class Fused:
         same: For each state tensor whether all models share one, which holds for buffers that are equal and
             never written; others have a leading dimension of K.
         looped: How many ops of each name run once for each model.
+        in_turn: Every op does, as fusing does not pay.
+        cost: What was measured to find that out.
     """
 
     program: Program
     k: int
     same: Mapping[str, bool]
     looped: Mapping[str, int]
+    in_turn: bool = False
+    cost: FusionCost | None = None
 
 
-def fuse(programs: Sequence[Program], *, own_inputs: bool = False) -> Fused:
+def fuse(programs: Sequence[Program], *, own_inputs: bool = False, in_turn: bool = False) -> Fused:
     """One program of K.
 
     Args:
         programs: They have the same ops on the same shapes, and values of their own.
         own_inputs: Every input has a leading dimension of K, one for each model; else all see the same.
+        in_turn: Run every op once for each model: for where fusing does not pay.
 
     Raises:
         PartitionError: There are no programs.
@@ -69,7 +75,7 @@ def fuse(programs: Sequence[Program], *, own_inputs: bool = False) -> Fused:
     written = {name for graph in first.graphs for name in _written(graph)}
     same = {name: name not in written and _is_same(programs, name) for name in first.state}
     constants: dict[str, StateEntry] = {}
-    fusers = [Fuser(k, same, constants) for _ in first.graphs]
+    fusers = [Fuser(k, same, constants, in_turn=in_turn) for _ in first.graphs]
     graphs = tuple(
         fuser.run(graph, own_inputs=own_inputs) for fuser, graph in zip(fusers, first.graphs, strict=True)
     )
@@ -91,7 +97,28 @@ def fuse(programs: Sequence[Program], *, own_inputs: bool = False) -> Fused:
         state=state | constants,
         signature=signature,
     )
-    return Fused(fused, k, same, looped)
+    return Fused(fused, k, same, looped, in_turn)
+
+
+def fuse_where_it_pays(
+    programs: Sequence[Program], *, own_inputs: bool = False, inputs: Sequence[Tensor] | None = None
+) -> Fused:
+    """One program of K: fused where that is measured to be faster, else with every op once for each model.
+
+    Args:
+        programs: See `fuse`.
+        own_inputs: See `fuse`.
+        inputs: Of one model, in order, to measure with; by default random ones of the traced sizes.
+
+    Raises:
+        PartitionError, UnsupportedError: See `fuse`.
+        UserError: The models are on the meta device, which computes nothing.
+    """
+    fused = fuse(programs, own_inputs=own_inputs)
+    cost = fusion_cost(programs[0], fused.program, fused.k, inputs)
+    if not cost.pays:
+        fused = fuse(programs, own_inputs=own_inputs, in_turn=True)
+    return replace(fused, cost=cost)
 
 
 def stacked(entries: Sequence[StateEntry]) -> Tensor:
@@ -190,14 +217,19 @@ def _equal(one: Any, two: Any) -> bool:
 
 @dataclass(frozen=True)
 class Fuse(Pass):
-    """``fuse``: the sub-models as one program, whose outputs have a leading dimension of K."""
+    """``fuse``: the sub-models as one program, whose outputs have a leading dimension of K.
+
+    With ``auto`` ops are measured, and run once for each sub-model where fusing is no faster.
+    """
 
     name: ClassVar[str] = "fuse"
     own_inputs: bool = False
+    auto: bool = False
 
     def run(self, programs: Programs) -> PassResult:
         """Fuse all there are."""
         if programs.cuts is not None:
             raise PlanError("layer groups run one after the other, and cannot be fused")
-        fused = fuse(programs.items, own_inputs=self.own_inputs)
+        make = fuse_where_it_pays if self.auto else fuse
+        fused = make(programs.items, own_inputs=self.own_inputs)
         return PassResult(Programs((fused.program,)), modified=fused.k > 1)

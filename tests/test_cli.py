@@ -730,7 +730,17 @@ OPTIONS = {
     ],
     "merge": ["-o/--out", "--plain", "--weights-only", "--plan", "--force", "--json", "-v/--verbose"],
     "fuse": [
-        *("-o/--out", "-k", "--own-inputs", "--entry", "--input", "--keep-output", "--no-verify", "--force"),
+        *(
+            "-o/--out",
+            "-k",
+            "--own-inputs",
+            "--auto",
+            "--entry",
+            "--input",
+            "--keep-output",
+            "--no-verify",
+            "--force",
+        ),
         *("--json", "-v/--verbose"),
     ],
     "critics": [

@@ -1,6 +1,7 @@
 """The cost model: FLOPs against torch's own counter and against closed formulas, bytes against autograd."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -111,6 +112,24 @@ def test_saved_bytes_are_those_of_autograd() -> None:
     by_op = [bytes_ for node, bytes_ in found.items() if node.op == "call_function"]
     # The first layer keeps its input, ReLU its result, which the next layer keeps, too.
     assert by_op == [3 * 6 * 4, 3 * 8 * 4, 0, 3 * 8 * 4, 0]
+
+
+def test_seconds_count_the_backward_pass_of_ops_with_several_results(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 2, 4)
+    program = gs.trace(nn.LSTM(4, 6), x)
+    walked: list[int] = []
+    grad = torch.autograd.grad
+
+    def watched(outputs: Any, inputs: Any, *rest: Any, **others: Any) -> Any:
+        walked.append(len(inputs))
+        return grad(outputs, inputs, *rest, **others)
+
+    monkeypatch.setattr(torch.autograd, "grad", watched)
+    costs.seconds(program, program.graph("train"), [x], runs=1)
+    assert walked.count(4) == 2  # all weights of the LSTM, once in each run
 
 
 def test_seconds_leave_the_model_as_it_is() -> None:

@@ -1,8 +1,10 @@
 """Fused models: what K models compute apart, in one module; nothing goes from one to another."""
 
 import copy
+import json
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,13 @@ import torch
 from torch import Tensor, nn
 
 import graphsplit as gs
+from graphsplit import bundle
 from graphsplit._fuse import certify_fused
-from graphsplit.errors import PartitionError, PlanError, UnsupportedError, UserError
+from graphsplit.errors import BundleError, PartitionError, PlanError, UnsupportedError, UserError
+from graphsplit.fusion.cost import FusionCost
 from graphsplit.passes import Pipeline
+from graphsplit.passes import fuse as fuse_pass
+from graphsplit.passes.base import Programs
 from graphsplit.passes.fuse import fuse as fuse_programs
 from graphsplit.program import check
 from laws import as_call, run, script
@@ -65,10 +71,86 @@ SOME = [
 @pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
 def test_fused_is_apart_on_the_zoo(name: str, own: bool) -> None:
     program = gs.trace(ZOO[name].build(), *as_call(ZOO[name].inputs()))
-    certificate = certify_fused(program, 2, own_inputs=own)
-    assert certificate.ok, certificate
     fused = fuse_programs([program, program], own_inputs=own)
+    certificate = certify_fused(fused, program)
+    assert certificate.ok, certificate
     check(fused.program)
+
+
+@pytest.mark.parametrize("name", ["lenet", "resnet_basic", "gpt_dropout", "hub_mixtral"])
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+def test_one_after_the_other_is_apart_too(name: str, own: bool) -> None:
+    program = gs.trace(ZOO[name].build(), *as_call(ZOO[name].inputs()))
+    turns = fuse_programs([program, program], own_inputs=own, in_turn=True)
+    certificate = certify_fused(turns, program)
+    assert certificate.ok, certificate
+    check(turns.program)
+
+
+def test_between_ops_that_run_in_turn_nothing_is_stacked() -> None:
+    program = gs.trace(models(1)[0], images())
+    graph = fuse_programs([program] * K, in_turn=True).program.graph()
+    readers = {
+        reader.name if reader.op == "call_function" else reader.op
+        for node in graph.nodes
+        if node.target is torch.ops.aten.stack.default
+        for reader in node.users
+    }
+    assert readers == {"copy__default", "output"}  # the number of batches, and what is given
+
+
+@pytest.mark.parametrize("seconds", [(1.0, 2.0), (2.0, 1.0)], ids=["slower", "faster"])
+def test_what_does_not_pay_is_not_fused(
+    seconds: tuple[float, float], monkeypatch: pytest.MonkeyPatch, partition: gs.Partition
+) -> None:
+    cost = FusionCost(*seconds)
+    monkeypatch.setattr(fuse_pass, "fusion_cost", lambda *_: cost)
+    fused = partition.fuse(auto=True)
+    assert fused.in_turn == (not cost.pays) and fused.cost == cost
+    assert bool(fused.looped) == fused.in_turn
+    assert fused.verify().ok
+    expected = torch.stack([model.eval()(images(7)) for model in partition.submodels])
+    torch.testing.assert_close(fused.eval()(images(7)), expected)
+    assert fuse_pass.Fuse(auto=True).run(Programs(partition.programs)).modified
+
+
+def test_both_ways_are_measured_on_the_inputs_given() -> None:
+    own = models(2)
+    fused = gs.fuse(own, images(), auto=True)
+    assert fused.cost is not None and fused.cost.in_turn > 0 and fused.cost.fused > 0
+    assert fused.in_turn != fused.cost.pays
+    for model, state in zip(own, fused.state_dicts(), strict=True):
+        assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    text = str(FusionCost(0.003, 0.002))
+    assert text == "fused 2.00 ms, in turn 3.00 ms: 1.50 times as fast"
+
+
+def test_gradients_of_products_stand_in_memory_like_their_weights(partition: gs.Partition) -> None:
+    fused = partition.fuse()
+    fused(images()).sum().backward()
+    weight = fused.get_parameter("hidden.weight")
+    assert weight.mT.is_contiguous() and weight.grad is not None
+    assert weight.grad.stride() == weight.stride()
+
+
+def test_a_saved_one_knows_its_models(tmp_path: Path, partition: gs.Partition) -> None:
+    fused = partition.fuse(own_inputs=True).eval()
+    gs.save(fused, tmp_path / "fused")
+    loaded = gs.load(tmp_path / "fused")
+    assert isinstance(loaded, gs.FusedModule) and loaded.k == 2 and not loaded.training
+    x = torch.stack([images(), images() + 1])
+    assert torch.equal(loaded(x), fused(x))
+    assert loaded.verify().ok
+    loaded.load_models(loaded.models()[::-1])
+    torch.testing.assert_close(loaded(x.flip(0)), fused(x).flip(0))
+    divided = partition.merge(loaded.state_dicts())
+    assert divided.state_dict().keys() == partition.merge().state_dict().keys()
+
+
+def test_a_saved_one_for_another_number_of_models_is_refused(tmp_path: Path, partition: gs.Partition) -> None:
+    bundle.save(replace(partition.fuse().to_bundle(), k=3), tmp_path / "fused")
+    with pytest.raises(BundleError, match="is for 3 models"):
+        gs.load(tmp_path / "fused")
 
 
 def test_every_op_of_a_convolutional_net_does_the_work_of_all(partition: gs.Partition) -> None:
@@ -366,7 +448,7 @@ class Products(nn.Module):
 def test_awkward_arguments(build: Callable[[], nn.Module], own: bool) -> None:
     torch.manual_seed(0)
     program = gs.trace(build(), (torch.randn(3, 6), torch.randn(3, 3, 4, 4)))
-    certificate = certify_fused(program, K, own_inputs=own)
+    certificate = certify_fused(fuse_programs([program] * K, own_inputs=own), program)
     assert certificate.ok, certificate
 
 
@@ -485,11 +567,26 @@ def test_the_command_line_fuses_a_bundle(tmp_path: Path) -> None:
     assert "2 sub-models" in done.stdout and "all checks hold" in done.stdout
     assert run("draw", tmp_path / "fused", "-o", tmp_path / "fused.svg").exit_code == 0
     assert "Sequential.fused2" in (tmp_path / "fused.svg").read_text()
+    verified = run("verify", tmp_path / "fused")
+    assert verified.exit_code == 0 and "2 models as one" in verified.stdout
     part, fused = gs.load(tmp_path / "out"), gs.load(tmp_path / "fused")
-    assert isinstance(part, gs.Partition) and isinstance(fused, gs.Program)
+    assert isinstance(part, gs.Partition) and isinstance(fused, gs.FusedModule)
     x = torch.randn(5, 6)
     expected = torch.stack([model(x) for model in part.submodels])
-    torch.testing.assert_close(gs.emit(fused)(x), expected)
+    torch.testing.assert_close(fused(x), expected)
+
+
+def test_the_command_line_measures(tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text(
+        "import torch\nfrom torch import nn\ntorch.manual_seed(0)\n"
+        "model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))\nexample_inputs = torch.randn(2, 6)\n"
+    )
+    done = run("fuse", tmp_path / "model.py", "--auto", "-o", tmp_path / "fused", "--json")
+    assert done.exit_code == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["in_turn"] == (report["seconds"]["fused"] >= report["seconds"]["in_turn"])
+    loaded = gs.load(tmp_path / "fused")
+    assert isinstance(loaded, gs.FusedModule) and loaded.in_turn == report["in_turn"]
 
 
 @pytest.mark.slow

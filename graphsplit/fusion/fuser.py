@@ -8,7 +8,7 @@ A value of one model, ``[N, C, ...]``, stands in the fused graph as
   pooling need no view at all.
 
 What has no rule, or is called in a way that its rule does not know, runs once for each model on slices, which
-is always right.
+is always right. With ``in_turn`` every op does.
 """
 
 from __future__ import annotations
@@ -77,8 +77,11 @@ class Fuser:
         looped: How many ops of each name run once for each model.
     """
 
-    def __init__(self, k: int, same: Mapping[str, bool], constants: dict[str, StateEntry]) -> None:
+    def __init__(
+        self, k: int, same: Mapping[str, bool], constants: dict[str, StateEntry], *, in_turn: bool = False
+    ) -> None:
         self.k = k
+        self._rules: Mapping[str, Rule] = {} if in_turn else RULES
         self.build = GraphBuilder(constants)
         self.looped: Counter[str] = Counter()
         self._same = same
@@ -232,7 +235,12 @@ class Fuser:
         return self._cached(value, f"part {number}", lambda value: self._part(value, number))
 
     def _part(self, value: Value, number: int) -> fx.Node:
-        return self.build.call(aten.select.int, (self.stack(value), 0, number), value.meta)
+        """All are taken at once: the gradient of a single one would be as large as the whole."""
+        parts = self._cached(value, "parts", self._parts)
+        return self.build.call(operator.getitem, (parts, number), value.meta)
+
+    def _parts(self, value: Value) -> fx.Node:
+        return self.build.call(aten.unbind.int, (self.stack(value), 0), (value.meta,) * self.k)
 
     def _cached(self, value: Value, what: str, make: Callable[[Value], fx.Node]) -> fx.Node:
         key = (value.node, what)
@@ -262,8 +270,8 @@ class Fuser:
         if node.target is aten.copy_.default:
             buffer, value = operands
             return self.call(node.target, (self.stack(buffer), self.stack(value)), Layout.STACK, buffer.meta)
-        if overload and base_name(node) in RULES:
-            found = RULES[base_name(node)](self, node, self.arguments(node))
+        if overload and base_name(node) in self._rules:
+            found = self._rules[base_name(node)](self, node, self.arguments(node))
             if found is not None:
                 return found
         return self._loop(node, given)
@@ -294,7 +302,7 @@ class Fuser:
         meta = node.meta.get("value")
         results = []
         for number in range(self.k):
-            args, kwargs = self._parts(given, number)
+            args, kwargs = self._of_one(given, number)
             results.append(self.build.call(node.target, args, meta, kwargs))
         if isinstance(meta, TensorMeta):
             return self._together(results, meta)
@@ -309,11 +317,13 @@ class Fuser:
             for position, item in enumerate(meta)
         )
 
-    def _parts(self, given: Any, number: int) -> Any:
+    def _of_one(self, given: Any, number: int) -> Any:
         return pytree.tree_map(lambda x: self.part(x, number) if isinstance(x, Value) else x, given)
 
     def _together(self, results: Sequence[fx.Node], meta: TensorMeta) -> Value:
+        """As a stack, which nothing reads where the next op runs once for each model, too."""
         made = self.build.call(aten.stack.default, (list(results), 0), self.stacked(meta))
+        self._as.update(((made, f"part {number}"), result) for number, result in enumerate(results))
         return Value(made, Layout.STACK, meta)
 
     def arguments(self, node: fx.Node) -> dict[str, Any]:
