@@ -92,20 +92,21 @@ class FusedModule(ProgramModule):
         states = [model.state_dict() if isinstance(model, nn.Module) else model for model in models]
         with torch.no_grad():
             for name, tensor in self.state_dict().items():
+                same = self._same.get(name, True)
+                own = tensor if same else tensor[0]
                 for number, state in enumerate(states):
-                    own = tensor if self._same.get(name, True) else tensor[number]
                     if name not in state or state[name].shape != own.shape:
                         raise PlanError(
                             f"model {number} has no {name} of shape {list(own.shape)}",
                             hint="these values belong to another model",
                         )
-                    if number and self._same.get(name, True) and not torch.equal(own, state[name]):
+                    if same and not torch.equal(states[0][name], state[name]):
                         raise PlanError(
                             f"{name} is one tensor for all models, and model {number} has other values of it",
                             hint="fuse these models anew",
                         )
-                found = [state[name] for state in states]  # they may be views of this module's
-                tensor.copy_(found[0] if self._same.get(name, True) else torch.stack(found))
+                found = [state[name] for state in states]  # which may be views of this module's
+                tensor.copy_(found[0] if same else torch.stack(found))
 
     def load_optimizers(
         self,
