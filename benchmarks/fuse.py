@@ -1,11 +1,18 @@
-"""A training step of K models: fused, by vmap, and one after the other.
+"""Training steps of K models: fused, compiled, by vmap, and one after the other.
 
-    python benchmarks/fuse.py [--only LeNet ...] [-k 2 4 8] [--rounds 7] [--device cuda] [--compile]
+    python benchmarks/fuse.py [--sections steps submodels scaling written] [--only LeNet ...] [-k 2 4 8]
+                              [--rounds 7] [--threads 2] [--device cuda] [--no-compile]
 
-Forward and backward pass and a step of SGD with momentum. Three ways to train K models of one architecture
-on one batch: in turn, as one module by ``gs.fuse``, and by ``torch.func.stack_module_state`` with ``vmap``.
-The ways take turns in every round, so that what else the machine does meets all of them; times are medians,
-ratios are medians of the ratios of the rounds. On a CPU one thread is used.
+Forward and backward pass and a step of SGD with momentum, on one batch. The ways take turns in every round,
+so that what else the machine does meets all of them; times are medians, ratios are medians of the ratios of
+the rounds. ``--device cuda`` takes all of it in one call.
+
+- steps: K models in turn, by ``torch.func.stack_module_state`` with ``vmap``, by ``gs.fuse``, and compiled;
+  beside them what ``gs.fuse(auto=True)`` measures and chooses, the peak of memory, and the share of the FLOPs
+  that a product of two large matrices reaches here.
+- submodels: the full model, one of K sub-models, K in turn, and K fused.
+- scaling: over K, width and batch, as a plot.
+- written: modules that graphsplit emits against the same written by hand.
 """
 
 from __future__ import annotations
@@ -13,51 +20,75 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
+import json
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import matplotlib as mpl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 import graphsplit as gs
+from graphsplit.costs import graph_flops
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks")]
 import paper_cifar10  # noqa: E402
 import paper_mnist  # noqa: E402
 import small_gpt  # noqa: E402
+from memory import peak_bytes  # noqa: E402
 
+mpl.use("svg")
+from matplotlib import pyplot  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results"
 TEXT = """# Fused models
 
-Written by `python benchmarks/fuse.py {arguments}`, {date}: torch {torch}, Python {python}, {place}.
+Written by `python benchmarks/fuse.py`. A training step is a forward and backward pass and a step of SGD with
+momentum. Ratios are medians over rounds in which the ways take turns; above 1 they say that the fused module
+is faster. On a GPU: {cuda}.
 
-A training step of K models on one batch, medians of {rounds} rounds in which the three ways take turns.
-Ratios above 1 say that the fused module is faster. "looped": ops that run once for each model, as there is no
-rule.
-
-| model | batch | K | in turn | fused | vmap | in turn / fused | vmap / fused | looped |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- |
-{rows}
+{sections}
 """
+TITLES = {
+    "steps": "Steps of K models",
+    "submodels": "Steps of K sub-models",
+    "scaling": "Over K, width and batch",
+    "written": "Against modules written by hand",
+}
+HEADS = {
+    "steps": ("model", "batch", "K", "in turn", "vmap / fused", "in turn / fused", "as `auto` measures",
+              "`auto`",
+               "in turn / compiled", "seconds to compile", "peak: in turn, fused",
+              "of the FLOP limit: in turn, fused", "looped"),
+    "submodels": ("model", "batch", "K", "full model", "full / one sub-model", "full / K in turn",
+                  "full / K fused"),
+    "scaling": ("model", "what", "value", "in turn / fused"),
+    "written": ("module", "nodes", "nodes of the original", "time by that of the one written by hand"),
+}  # fmt: skip
+
 Step = Callable[[], None]
 
 
 class Block(nn.Module):
-    """Two convolutions and a skip."""
+    """Two convolutions and a skip, for ``k`` models side by side."""
 
-    def __init__(self, given: int, width: int, stride: int) -> None:
+    def __init__(self, given: int, width: int, stride: int, k: int = 1) -> None:
         super().__init__()
-        self.first = nn.Conv2d(given, width, 3, stride, 1, bias=False)
-        self.second = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        self.norm1, self.norm2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
+        conv = partial(nn.Conv2d, groups=k, bias=False)
+        self.first = conv(k * given, k * width, 3, stride, 1)
+        self.second = conv(k * width, k * width, 3, 1, 1)
+        self.norm1, self.norm2 = nn.BatchNorm2d(k * width), nn.BatchNorm2d(k * width)
         same = stride == 1 and given == width
-        self.skip = nn.Identity() if same else nn.Conv2d(given, width, 1, stride, bias=False)
+        self.skip = nn.Identity() if same else conv(k * given, k * width, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images ``[N, given, H, W]``."""
@@ -65,14 +96,47 @@ class Block(nn.Module):
         return torch.relu(self.norm2(self.second(y)) + self.skip(x))
 
 
-def resnet18() -> nn.Module:
-    """ResNet-18 at a quarter of its width, for images of 32 x 32."""
-    widths = [16, 16, 32, 32, 64, 64, 128, 128]
+class Heads(nn.Module):
+    """Linear layers of ``k`` models, ``[N, k * given]`` to ``[k, N, width]``."""
+
+    def __init__(self, k: int, given: int, width: int) -> None:
+        super().__init__()
+        self.k = k
+        self.weight = nn.Parameter(torch.randn(k, given, width) * given**-0.5)
+        self.bias = nn.Parameter(torch.zeros(k, 1, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of folded features, or of a stack ``[k, N, given]``."""
+        stack = x if x.ndim == 3 else x.unflatten(1, (self.k, -1)).transpose(0, 1)
+        return torch.baddbmm(self.bias, stack, self.weight)
+
+
+def resnet18(scale: float = 1, k: int = 1) -> nn.Module:
+    """ResNet-18 at a quarter of its width, for images of 32 x 32; ``k`` of them by hand."""
+    widths = [round(scale * width) for width in (16, 16, 32, 32, 64, 64, 128, 128)]
     blocks = [
-        Block(given, width, 1 + (given < width)) for given, width in zip([16, *widths], widths, strict=False)
+        Block(given, width, 1 + (given < width), k)
+        for given, width in zip([widths[0], *widths], widths, strict=False)
     ]
-    stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
-    return nn.Sequential(stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
+    stem = nn.Sequential(
+        nn.Conv2d(3, k * widths[0], 3, padding=1, bias=False), nn.BatchNorm2d(k * widths[0]), nn.ReLU()
+    )
+    head = nn.Linear(widths[-1], 10) if k == 1 else Heads(k, widths[-1], 10)
+    return nn.Sequential(stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
+
+
+def lenets(k: int, part: int = 1) -> nn.Module:
+    """``k`` of the paper's LeNet by hand, each at one ``part``-th of its width."""
+    first, second, hidden = 20 // part, 50 // part, 500 // part
+    if k == 1:
+        return nn.Sequential(
+            nn.Conv2d(1, first, 5), nn.MaxPool2d(2), nn.Conv2d(first, second, 5), nn.MaxPool2d(2),
+            nn.Flatten(), nn.Linear(16 * second, hidden), nn.ReLU(), nn.Linear(hidden, 10),
+        )  # fmt: skip
+    return nn.Sequential(
+        nn.Conv2d(1, k * first, 5), nn.MaxPool2d(2), nn.Conv2d(k * first, k * second, 5, groups=k),
+        nn.MaxPool2d(2), nn.Flatten(), Heads(k, 16 * second, hidden), nn.ReLU(), Heads(k, hidden, 10),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -88,26 +152,32 @@ def _images(batch: int, channels: int, size: int) -> Callable[[], tuple[Tensor, 
     return lambda: (torch.randn(batch, channels, size, size), torch.randint(0, 10, (batch,)))
 
 
-def _text() -> tuple[Tensor, Tensor]:
-    return torch.randint(0, 64, (16, 64)), torch.randint(0, 64, (16, 64))
+def _text(batch: int, length: int) -> Callable[[], tuple[Tensor, Tensor]]:
+    return lambda: (torch.randint(0, 64, (batch, length)), torch.randint(0, 64, (batch, length)))
 
 
-CASES = (
-    Case("LeNet", paper_mnist.lenet, _images(32, 1, 28)),
-    Case("CIFAR-10 network of the paper", paper_cifar10.network, _images(16, 3, 24)),
-    Case("ResNet-18, a quarter of its width", resnet18, _images(16, 3, 32)),
-    Case("GPT of two layers", lambda: small_gpt.GPT(64, 64), _text),
-)
+def cases(device: str) -> tuple[Case, ...]:
+    """What is measured; a GPU gets a language model of a size that is of use there."""
+    gpt = Case("GPT of two layers", lambda: small_gpt.GPT(64, 64), _text(16, 64))
+    if device == "cuda":
+        build = partial(small_gpt.GPT, 64, 256, 384, 6, 6)
+        gpt = Case("GPT of 10 M parameters", build, _text(8, 256))
+    return (
+        Case("LeNet", paper_mnist.lenet, _images(32, 1, 28)),
+        Case("CIFAR-10 network of the paper", paper_cifar10.network, _images(16, 3, 24)),
+        Case("ResNet-18, a quarter of its width", resnet18, _images(16, 3, 32)),
+        gpt,
+    )
 
 
 def loss(scores: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of classes or characters."""
-    return functional.cross_entropy(scores.flatten(0, -2), targets.flatten())
+    """Cross-entropy of classes ``[N, C]`` or characters ``[N, C, L]``."""
+    return functional.cross_entropy(scores, targets)
 
 
 def sgd(parameters: object) -> torch.optim.Optimizer:
     """The same for all ways."""
-    return torch.optim.SGD(parameters, 0.01, momentum=0.9)  # type: ignore[arg-type]
+    return torch.optim.SGD(parameters, 0.01, momentum=0.9)
 
 
 def in_turn(models: list[nn.Module], x: Tensor, y: Tensor) -> Step:
@@ -137,7 +207,7 @@ def fused(module: nn.Module, parameters: list[nn.Parameter], x: Tensor, y: Tenso
 
 def by_vmap(models: list[nn.Module], x: Tensor, y: Tensor) -> Step:
     """torch.func over stacked state."""
-    parameters, buffers = torch.func.stack_module_state(models)  # type: ignore[arg-type]
+    parameters, buffers = torch.func.stack_module_state(models)
     base = copy.deepcopy(models[0]).to("meta")
     optimizer = sgd(list(parameters.values()))
 
@@ -165,67 +235,262 @@ def seconds(step: Step, device: str) -> float:
     return time.perf_counter() - start
 
 
-def measure(case: Case, k: int, rounds: int, device: str, *, compiled: bool) -> str:
-    """A row of the table."""
-    torch.manual_seed(0)
-    models = [case.build().to(device) for _ in range(k)]
-    x, y = (tensor.to(device) for tensor in case.batch())
-    module = gs.fuse(models, x)
-    run = torch.compile(module) if compiled else module
-    steps: dict[str, Step] = {
-        "in turn": in_turn(models, x, y),
-        "fused": fused(run, list(module.parameters()), x, y),
-    }
-    try:
-        vmapped = by_vmap(copy.deepcopy(models), x, y)
-        vmapped()
-        steps["vmap"] = vmapped
-    except RuntimeError as error:
-        print(f"{case.name}: vmap fails: {str(error).splitlines()[0]}", flush=True)
-    for step in steps.values():
-        for _ in range(2):
-            step()
-    times: dict[str, list[float]] = {name: [] for name in steps}
+# -- what is measured ----------------------------------------------------------------------------------------
+
+
+def in_rounds(steps: dict[str, Step], rounds: int, device: str) -> dict[str, list[float]]:
+    """Seconds of every way in every round; ways that fail are left out."""
+    times: dict[str, list[float]] = {}
+    for name, step in steps.items():
+        try:
+            for _ in range(2):
+                step()
+            times[name] = []
+        except RuntimeError as error:
+            print(f"{name} fails: {str(error).splitlines()[0]}", flush=True)
     for _ in range(rounds):
-        for name, step in steps.items():
-            times[name].append(seconds(step, device))
-    cells = [f"{1e3 * statistics.median(times[name]):.1f} ms" if name in times else "fails" for name in
-             ("in turn", "fused", "vmap")]  # fmt: skip
-    ratios = [
-        f"{statistics.median(a / b for a, b in zip(times[name], times['fused'], strict=True)):.2f}"
-        if name in times
-        else "-"
-        for name in ("in turn", "vmap")
-    ]
-    looped = ", ".join(module.looped) or "none"
-    return f"| {case.name} | {len(x)} | {k} | {' | '.join(cells)} | {' | '.join(ratios)} | {looped} |"
+        for name, found in times.items():
+            found.append(seconds(steps[name], device))
+    return times
+
+
+def ratio(times: dict[str, list[float]], above: str, below: str) -> str:
+    """The median over the rounds of the ratio of two ways."""
+    if above not in times or below not in times:
+        return "-"
+    return f"{statistics.median(a / b for a, b in zip(times[above], times[below], strict=True)):.2f}"
+
+
+def milliseconds(found: list[float]) -> str:
+    """The median."""
+    return f"{1e3 * statistics.median(found):.1f} ms"
+
+
+def limit(device: str) -> float:
+    """FLOPs a second of a product of two large matrices."""
+    size = 8192 if device == "cuda" else 2048
+    a, b = torch.randn(2, size, size, device=device)
+    torch.mm(a, b)
+    best = min(seconds(lambda: torch.mm(a, b), device) for _ in range(5))
+    return 2 * size**3 / best
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to measure."""
+
+    k: list[int]
+    rounds: int
+    device: str
+    compile: bool
+    only: tuple[str, ...]
+
+    def cases(self) -> Iterator[Case]:
+        """The ones that are asked for."""
+        return (case for case in cases(self.device) if case.name.startswith(self.only or ("",)))
+
+
+def peak(step: Step, device: str) -> str:
+    """Largest memory during a step, beyond what was there before it."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return f"{(torch.cuda.max_memory_allocated() - before) / 1e6:.0f} MB"
+    return f"{peak_bytes(step) / 1e6:.0f} MB"
+
+
+def steps(options: Options) -> Iterator[list[Any]]:
+    """Rows of K models of full size."""
+    top = limit(options.device)
+    for case in options.cases():
+        x, y = (tensor.to(options.device) for tensor in case.batch())
+        for k in options.k:
+            torch.manual_seed(0)
+            models = [case.build().to(options.device) for _ in range(k)]
+            module, chosen = gs.fuse(models, x), gs.fuse(models, x, auto=True)
+            assert chosen.cost is not None
+            ways = {
+                "in turn": in_turn(models, x, y),
+                "fused": fused(module, list(module.parameters()), x, y),
+                "vmap": by_vmap(copy.deepcopy(models), x, y),
+            }
+            taken = "-"
+            if options.compile and k == max(options.k):
+                torch.compiler.reset()
+                own = copy.deepcopy(module)
+                compiled: Any = torch.compile(own)
+                ways["compiled"] = fused(compiled, list(own.parameters()), x, y)
+                taken = f"{seconds(ways['compiled'], options.device):.0f}"
+            times = in_rounds(ways, options.rounds, options.device)
+            work = 3 * k * graph_flops(gs.trace(models[0], x).graph()) / top
+            share = [f"{100 * work / statistics.median(times[way]):.0f} %" for way in ("in turn", "fused")]
+            yield [
+                case.name, len(x), k, milliseconds(times["in turn"]), ratio(times, "vmap", "fused"),
+                ratio(times, "in turn", "fused"), f"{chosen.cost.speedup:.2f}",
+                "in turn" if chosen.in_turn else "fused", ratio(times, "in turn", "compiled"), taken,
+                ", ".join(peak(ways[way], options.device) for way in ("in turn", "fused")), ", ".join(share),
+                ", ".join(module.looped) or "none",
+            ]  # fmt: skip
+
+
+def submodels(options: Options) -> Iterator[list[Any]]:
+    """Rows of the sub-models of a partition."""
+    for case in options.cases():
+        x, y = (tensor.to(options.device) for tensor in case.batch())
+        for k in options.k:
+            torch.manual_seed(0)
+            model = case.build().to(options.device)
+            part = gs.partition(model, x, k=k)
+            if len({sum(p.numel() for p in own.parameters()) for own in part.submodels}) > 1:
+                continue  # K does not divide a width
+            module = part.fuse()
+            ways = {
+                "full": in_turn([model], x, y),
+                "one": in_turn(part.submodels[:1], x, y),
+                "in turn": in_turn(part.submodels, x, y),
+                "fused": fused(module, list(module.parameters()), x, y),
+            }
+            times = in_rounds(ways, options.rounds, options.device)
+            ratios = [ratio(times, "full", way) for way in ("one", "in turn", "fused")]
+            yield [case.name, len(x), k, milliseconds(times["full"]), *ratios]
+
+
+def scaling(options: Options) -> Iterator[list[Any]]:
+    """Rows over K, over width and over batch; the other two stay at 4, 1 and 16."""
+    images = partial(_images, channels=3, size=32)
+
+    def gpt(width: float) -> nn.Module:
+        return small_gpt.GPT(64, 64, round(64 * width))
+
+    builds: dict[str, tuple[Callable[[float], nn.Module], Callable[[int], Any]]] = {
+        "ResNet-18": (lambda width: resnet18(width), lambda batch: images(batch)()),
+        "GPT": (gpt, lambda batch: _text(batch, 64)()),
+    }
+    varied: dict[str, list[float]] = {
+        "K": [1, 2, 4, 8, 16],
+        "width": [0.25, 0.5, 1, 2],
+        "batch": [2, 4, 16, 64],
+    }
+    for name, (build, batch) in builds.items():
+        for what, values in varied.items():
+            for value in values:
+                at = {"K": 4, "width": 1.0, "batch": 16, what: value}
+                torch.manual_seed(0)
+                models = [build(at["width"]).to(options.device) for _ in range(int(at["K"]))]
+                x, y = (tensor.to(options.device) for tensor in batch(int(at["batch"])))
+                module = gs.fuse(models, x)
+                ways = {
+                    "in turn": in_turn(models, x, y),
+                    "fused": fused(module, list(module.parameters()), x, y),
+                }
+                times = in_rounds(ways, options.rounds, options.device)
+                yield [name, what, value, ratio(times, "in turn", "fused")]
+
+
+def written(options: Options) -> Iterator[list[Any]]:
+    """Rows of modules that graphsplit emits, against the same by hand."""
+    x, y = (tensor.to(options.device) for tensor in _images(32, 1, 28)())
+    part = gs.partition(paper_mnist.lenet().to(options.device), x, k=2)
+    z, c = (tensor.to(options.device) for tensor in _images(16, 3, 32)())
+    resnet = resnet18().to(options.device)
+    pairs: list[tuple[str, gs.ProgramModule, nn.Module, int, Tensor, Tensor]] = []
+    original = len(part.program.graph().nodes)
+    pairs.append(("LeNet, one of two sub-models", part.submodels[0], lenets(1, 2), original, x, y))
+    pairs.append(("LeNet, merged", part.merge(), paper_mnist.lenet(), original, x, y))
+    pairs.append(("LeNet, two sub-models fused", part.fuse(), lenets(2, 2), original, x, y))
+    whole = gs.trace(resnet, z)
+    count = len(whole.graph().nodes)
+    pairs.append(("ResNet-18", gs.emit(whole), resnet, count, z, c))
+    fused8 = gs.fuse([resnet18().to(options.device) for _ in range(8)], z)
+    pairs.append(("ResNet-18, eight fused", fused8, resnet18(k=8), count, z, c))
+    for name, module, hand, nodes, inputs, targets in pairs:
+        hand = hand.to(options.device)
+        many = module(inputs).ndim > 2
+        make = partial(fused, x=inputs, y=targets) if many else _one
+        ways = {
+            "emitted": make(module, list(module.parameters()), x=inputs, y=targets),
+            "by hand": make(hand, list(hand.parameters()), x=inputs, y=targets),
+        }
+        times = in_rounds(ways, 2 * options.rounds, options.device)
+        yield [name, len(module.graph.nodes), nodes, ratio(times, "emitted", "by hand")]
+
+
+def _one(module: nn.Module, _: list[nn.Parameter], x: Tensor, y: Tensor) -> Step:
+    return in_turn([module], x, y)
+
+
+# -- the report ----------------------------------------------------------------------------------------------
+
+
+def plot(rows: list[list[Any]], path: Path) -> None:
+    """Three panels: over K, over width and over batch."""
+    figure, panels = pyplot.subplots(1, 3, figsize=(9, 3), sharey=True)
+    for panel, what in zip(panels, ("K", "width", "batch"), strict=True):
+        for name in dict.fromkeys(row[0] for row in rows):
+            points = [(row[2], float(row[3])) for row in rows if row[:2] == [name, what]]
+            panel.plot(*zip(*points, strict=True), marker="o", label=name)
+        panel.axhline(1, color="gray", linewidth=0.8)
+        panel.set_xscale("log", base=2)
+        panel.set_xlabel(what)
+    panels[0].set_ylabel("in turn / fused")
+    panels[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def report(found: dict[str, Any]) -> str:
+    """The tables that there are."""
+    parts = []
+    for name, entry in found.items():
+        section, device = name.split("/")
+        head = HEADS[section]
+        lines = [" | ".join(map(str, row)) for row in (head, ["---"] * len(head), *entry["rows"])]
+        parts.append(
+            f"## {TITLES[section]}\n\n{entry['made']}\n\n" + "\n".join(f"| {line} |" for line in lines)
+        )
+        if section == "scaling":
+            parts[-1] += f"\n\n![In turn by fused](fuse_scaling_{device}.svg)"
+    cuda = "below" if any(name.endswith("/cuda") for name in found) else "not measured"
+    return TEXT.format(cuda=cuda, sections="\n\n".join(parts))
+
+
+SECTIONS: dict[str, Callable[[Options], Iterator[list[Any]]]] = {
+    "steps": steps, "submodels": submodels, "scaling": scaling, "written": written,
+}  # fmt: skip
 
 
 def main() -> None:
-    """Measure, and write the table."""
+    """Measure, and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--only", nargs="*", help="beginnings of the models' names")
+    parser.add_argument("--sections", nargs="*", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--only", nargs="*", default=[], help="beginnings of the models' names")
     parser.add_argument("-k", nargs="*", type=int, default=[2, 4, 8])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--compile", action="store_true", help="also compile the fused module")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "fuse.md")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    rows = []
-    for case in CASES:
-        if options.only and not case.name.startswith(tuple(options.only)):
-            continue
-        for k in options.k:
-            rows.append(measure(case, k, options.rounds, options.device, compiled=options.compile))
-            print(rows[-1], flush=True)
-    place = torch.cuda.get_device_name() if options.device == "cuda" else "a CPU with one thread"
-    options.out.write_text(
-        TEXT.format(
-            arguments=" ".join(sys.argv[1:]), date=datetime.date.today(), torch=torch.__version__,
-            python=platform.python_version(), place=place, rounds=options.rounds, rows="\n".join(rows),
+    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    options = Options(given.k, given.rounds, given.device, not given.no_compile, tuple(given.only))
+    place = torch.cuda.get_device_name() if given.device == "cuda" else f"a CPU with {given.threads} threads"
+    data = given.out / "fuse.json"
+    found = json.loads(data.read_text()) if data.exists() else {}
+    for section in given.sections:
+        rows = []
+        for row in SECTIONS[section](options):
+            rows.append(row)
+            print(*row, sep=" | ", flush=True)
+        made = (
+            f"{datetime.date.today()}, torch {torch.__version__}, Python {platform.python_version()}, "
+            f"{place}, {given.rounds} rounds."
         )
-    )  # fmt: skip
+        found[f"{section}/{given.device}"] = {"made": made, "rows": rows}
+        if section == "scaling":
+            plot(rows, given.out / f"fuse_scaling_{given.device}.svg")
+        data.write_text(json.dumps(found, indent=1) + "\n")
+    (given.out / "fuse.md").write_text(report(found))
 
 
 if __name__ == "__main__":

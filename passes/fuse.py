@@ -115,7 +115,7 @@ def fuse_where_it_pays(
         UserError: The models are on the meta device, which computes nothing.
     """
     fused = fuse(programs, own_inputs=own_inputs)
-    cost = fusion_cost(programs[0], fused.program, fused.k, inputs)
+    cost = fusion_cost(programs, fused.program, inputs)
     if not cost.pays:
         fused = fuse(programs, own_inputs=own_inputs, in_turn=True)
     return replace(fused, cost=cost)

@@ -1,19 +1,24 @@
-"""When fusing pays: each op of one model, and of the fused one, measured where they are.
+"""When fusing pays: the forward and backward pass of K models, measured where they are, in both ways.
 
 The time of a kernel is no function of its FLOPs: on a CPU a grouped convolution may take longer than several
-plain ones, on a GPU launching small kernels takes longer than running them. So ops are measured, forward and
-backward, one by one (`graphsplit.costs.seconds`), and their times added up. The optimizer is left out.
+plain ones, on a GPU launching small kernels takes longer than running them. Ops measured one by one do not
+add up either, as the backward pass of a view costs nothing in a graph and much by itself. So whole passes are
+measured, both ways in turn, so that what else the machine does meets both. The optimizer is left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import statistics
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from graphsplit import costs
+from graphsplit.emission import ProgramModule, emit
+from graphsplit.errors import UserError
 from graphsplit.program import Program, TensorMeta
 
 
@@ -32,7 +37,7 @@ class FusionCost:
     @property
     def speedup(self) -> float:
         """How many times as fast the fused module is."""
-        return self.in_turn / self.fused if self.fused else 1.0
+        return self.in_turn / self.fused
 
     @property
     def pays(self) -> bool:
@@ -45,27 +50,58 @@ class FusionCost:
 
 
 def fusion_cost(
-    single: Program, fused: Program, k: int, inputs: Sequence[Tensor] | None = None, *, runs: int = 5
+    programs: Sequence[Program], fused: Program, inputs: Sequence[Tensor] | None = None, *, runs: int = 7
 ) -> FusionCost:
-    """Measure both ways in train mode.
+    """Measure both ways in train mode, on copies.
 
     Args:
-        single: One of the models.
-        fused: All K as one.
-        k: How many.
+        programs: The models.
+        fused: All of them as one.
         inputs: Of one model, in order; by default random ones of the traced sizes, indices being 0 or 1.
-        runs: Of which the median is taken.
+        runs: Of which the median is taken, after one to warm up.
 
     Raises:
-        UserError: The model is on the meta device, which computes nothing.
+        UserError: The models are on the meta device, which computes nothing.
     """
-    given = list(inputs) if inputs is not None else [_random(meta) for meta in single.signature.inputs]
+    if any(entry.tensor.is_meta for entry in fused.state.values()):
+        raise UserError("a model on the meta device takes no time", hint="fuse it without measuring")
+    given = list(inputs) if inputs is not None else [_random(meta) for meta in programs[0].signature.inputs]
     stacked = [
-        value if value.ndim == meta.ndim else value.expand(k, *value.shape).clone()
+        value if value.ndim == meta.ndim else value.expand(len(programs), *value.shape).clone()
         for value, meta in zip(given, fused.signature.inputs, strict=True)
     ]
-    one = sum(costs.seconds(single, single.graph("train"), given, runs).values())
-    return FusionCost(k * one, sum(costs.seconds(fused, fused.graph("train"), stacked, runs).values()))
+    apart, whole = [emit(program) for program in programs], emit(fused)
+    ways: list[Callable[[], None]] = [
+        lambda: _passes(apart, given),
+        lambda: _passes([whole], stacked),
+    ]
+    waits = any(entry.tensor.device.type != "cpu" for entry in fused.state.values())
+    times: list[list[float]] = [[], []]
+    with torch.random.fork_rng():
+        for _ in range(runs + 1):
+            for way, found in zip(ways, times, strict=True):
+                found.append(_seconds(way, waits=waits))
+    return FusionCost(*(statistics.median(found[1:]) for found in times))
+
+
+def _passes(modules: Sequence[ProgramModule], inputs: Sequence[Tensor]) -> None:
+    """Forward and backward, which leave no trace but in buffers."""
+    for module in modules:
+        leaves = pytree.tree_leaves(module.run_flat(inputs))
+        outputs = [value for value in leaves if isinstance(value, Tensor) and value.requires_grad]
+        if outputs:
+            torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+        module.zero_grad()
+
+
+def _seconds(way: Callable[[], None], *, waits: bool) -> float:
+    if waits:
+        torch.accelerator.synchronize()
+    start = time.perf_counter()
+    way()
+    if waits:
+        torch.accelerator.synchronize()
+    return time.perf_counter() - start
 
 
 def _random(meta: TensorMeta) -> Tensor:
