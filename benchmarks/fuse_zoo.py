@@ -42,7 +42,8 @@ Written by `python benchmarks/fuse_zoo.py`, {date}: torch {torch}, Python {pytho
 
 {models} models: {fused} fused, the largest error of outputs, buffers and gradients against K = {first}
 separate models {worst:.1e} in float64; {wrong} wrong; {untraced} refused by the tracer. Nodes of the fused
-graph are {nodes:.2f} times those of one model, in the middle. Ops that run once for each model, in all: {looped}.
+graph are {nodes:.2f} times those of one model, in the middle. Ops that run once for each model, in all:
+{looped}.
 
 Time of a forward and backward pass of K models in turn by that of the fused ones, batches as small as in the
 tests: {times}. By vmap, K = {first}: {by_vmap}.
