@@ -443,13 +443,36 @@ class Products(nn.Module):
         )
 
 
-@pytest.mark.parametrize("build", [TypeAs, FillWithNumbers, Products])
+class ByIndex(nn.Module):
+    """Sums at indices, writes into slices, everything as one number, slopes, normed weights, noise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.many = nn.PReLU(init=0.3), nn.PReLU(3)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        y = self.many(self.one(self.conv(y)))
+        written = self.normed(x).slice_scatter(torch.tanh(x[:, 2:4]), 1, 1, 3)
+        summed = written.index_add(1, torch.tensor([0, 2, 0, 1]), self.normed(x)[:, :4], alpha=2)
+        copied = summed.index_copy(1, torch.tensor([5, 3]), written[:, :2])
+        return y + torch.rand(y.shape[0], 1, 1, 1), copied, written.mean() * y.sum() + self.one(x)
+
+
+@pytest.mark.parametrize("build", [TypeAs, FillWithNumbers, Products, ByIndex])
 @pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
 def test_awkward_arguments(build: Callable[[], nn.Module], own: bool) -> None:
     torch.manual_seed(0)
     program = gs.trace(build(), (torch.randn(3, 6), torch.randn(3, 3, 4, 4)))
     certificate = certify_fused(fuse_programs([program] * K, own_inputs=own), program)
     assert certificate.ok, certificate
+
+
+def test_nothing_of_it_runs_once_for_each_model() -> None:
+    torch.manual_seed(0)
+    program = gs.trace(ByIndex(), (torch.randn(3, 6), torch.randn(3, 3, 4, 4)))
+    assert fuse_programs([program] * K).looped == {}
 
 
 def test_numbers_without_dimension_do_not_widen() -> None:

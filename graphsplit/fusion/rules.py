@@ -185,6 +185,36 @@ def norm_of_channels(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Resul
     return fuser.invoke(node, changed, FOLD)
 
 
+@rule("prelu")
+def prelu(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
+    """A slope for each channel of each model; a single one is that of all channels."""
+    x, slope = arguments["self"], arguments["weight"]
+    if not fuser.can_fold(x.meta) or slope.layout is not STACK:
+        return None
+    rows, channels = fuser.rows(slope), x.meta.dims[1]
+    if slope.meta.shape != (channels.hint,):
+        wide = TensorMeta((Dim(fuser.k), channels), slope.meta.dtype, slope.meta.device)
+        spread = fuser.build.call(aten.expand.default, (slope.node, [-1, channels.hint]), wide)
+        flat = TensorMeta((Dim(fuser.k * channels.hint),), slope.meta.dtype, slope.meta.device)
+        rows = fuser.flat(spread, 0, flat)
+    return fuser.invoke(node, {"self": fuser.fold(x), "weight": rows}, FOLD)
+
+
+@rule("_weight_norm")
+def weight_norm(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
+    """Row by row, so that the rows of all models are those of one weight."""
+    v, g = arguments["v"], arguments["g"]
+    if arguments["dim"] != 0 or STACK not in (v.layout, g.layout):
+        return None
+    return fuser.invoke_as_one_batch(node, _with(arguments, fuser.join))
+
+
+@rule("rand", "randn")
+def random_numbers(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
+    """Each model's own, drawn together."""
+    return fuser.invoke(node, {**arguments, "size": [fuser.k, *arguments["size"]]}, STACK)
+
+
 # -- products ------------------------------------------------------------------------------------------------
 
 
@@ -378,14 +408,16 @@ _ONE = {
     "split_with_sizes", "chunk", "unbind", "cat", "glu", "cosine_similarity", "diff", "count_nonzero",
     "tensor_split", "cummax", "cummin", "roll", "gather", "transpose", "swapaxes", "movedim",
     "unfold", "flatten", "unflatten", "index_select", "scatter", "scatter_add", "repeat_interleave",
+    "slice_scatter", "index_add", "index_copy",
 }  # fmt: skip
+_BY_INDEX = {"index_select", "index_add", "index_copy"}
 _NAMES = ("dim", "dim0", "dim1", "dims", "axis0", "axis1", "source", "destination", "dimension", "start_dim",
           "end_dim")  # fmt: skip
 _REDUCES_ALL = {
     "sum", "mean", "var", "std", "amax", "amin", "max", "min", "any", "all", "prod", "norm", "argmax",
     "argmin", "linalg_vector_norm", "squeeze", "flip", "roll", "count_nonzero",
 }  # fmt: skip
-_FOLDED = _ONE - {"cosine_similarity", "unbind", "movedim", "norm", "index_select", "unflatten"}
+_FOLDED = _ONE - _BY_INDEX - {"cosine_similarity", "unbind", "movedim", "norm", "unflatten"}
 
 
 @rule(*_ONE)
@@ -395,16 +427,20 @@ def along(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
         return pointwise(fuser, node, arguments)
     if base_name(node) == "cat":  # an empty list of numbers counts for nothing, whatever its rank
         arguments = {**arguments, "tensors": [x for x in arguments["tensors"] if x.meta.shape != (0,)]}
-    keep = arguments.get("index") if base_name(node) == "index_select" else None
+    keep = arguments.get("index") if base_name(node) in _BY_INDEX else None
     if keep is not None and keep.layout is not SAME:
         return None
     moving = [value for value in _values(arguments) if value is not keep]
     rank = moving[0].meta.ndim
     if not rank or any(value.meta.ndim != rank for value in moving):
         return None
-    dims = {name: arguments[name] for name in _NAMES if name in arguments}
+    dims = {
+        name: arguments[name]
+        for name in _NAMES
+        if name in arguments and not isinstance(arguments[name], Value)
+    }
     if base_name(node) in _REDUCES_ALL and all(dim is None or dim == [] for dim in dims.values()):
-        return None
+        return _to_one_number(fuser, node, arguments, moving)
     places = {name: _normal(dim, rank) for name, dim in dims.items() if dim is not None}
     folded = _along_folded(fuser, node, arguments, moving, places)
     if folded is not None:
@@ -415,6 +451,19 @@ def along(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
         return value.node if value is keep else fuser.stack(value)
 
     return fuser.invoke(node, {**_with(arguments, stacked), **shifted}, STACK)
+
+
+def _to_one_number(fuser: Fuser, node: fx.Node, arguments: Arguments, values: list[Value]) -> Result | None:
+    """Sum or mean over everything of one model."""
+    target = {"sum": aten.sum.dim_IntList, "mean": aten.mean.dim}.get(base_name(node))
+    if target is None or "dim" in arguments:
+        return None
+    (x,) = values
+    dims = list(range(1, x.meta.ndim + 1))
+    options = {} if arguments["dtype"] is None else {"dtype": arguments["dtype"]}
+    meta = meta_of(node)
+    made = fuser.build.call(target, (fuser.stack(x), dims), fuser.stacked(meta), options)
+    return Value(made, STACK, meta)
 
 
 def _along_folded(
