@@ -5,6 +5,7 @@ from graphsplit._api import Partition, draw, export_onnx, load, partition, save
 from graphsplit._fuse import FusedModule, fuse
 from graphsplit._layer_groups import LayerGroups, layer_groups
 from graphsplit._local_critics import LocalCritics, local_critics
+from graphsplit._sparsify import Masks, sparsify
 from graphsplit._synthetic_halves import SyntheticHalves, synthetic_halves
 from graphsplit.emission import ProgramModule, emit
 from graphsplit.loading import load_model
@@ -20,6 +21,7 @@ __all__ = [
     "FusedModule",
     "LayerGroups",
     "LocalCritics",
+    "Masks",
     "Partition",
     "PartitionPlan",
     "Program",
@@ -37,6 +39,7 @@ __all__ = [
     "local_critics",
     "partition",
     "save",
+    "sparsify",
     "synthetic_halves",
     "trace",
     "train",

@@ -32,6 +32,11 @@ def flops(node: fx.Node) -> int:
     return 0 if count is None else 2 * count(node)
 
 
+def is_contraction(node: fx.Node) -> bool:
+    """True for ops that multiply and sum, which are those that cost FLOPs."""
+    return isinstance(node.target, torch._ops.OpOverload) and base_name(node) in _FORMULAS
+
+
 def graph_flops(graph: fx.Graph) -> int:
     """FLOPs of a forward pass, with the sizes of the traced example."""
     return sum(flops(node) for node in graph.nodes)
