@@ -5,6 +5,7 @@ from graphsplit._api import Partition, draw, export_onnx, load, partition, save
 from graphsplit._fuse import FusedModule, fuse
 from graphsplit._layer_groups import LayerGroups, layer_groups
 from graphsplit._local_critics import LocalCritics, local_critics
+from graphsplit._prune_units import PrunedUnits, prune_units
 from graphsplit._sparsify import Masks, sparsify
 from graphsplit._synthetic_halves import SyntheticHalves, synthetic_halves
 from graphsplit.emission import ProgramModule, emit
@@ -26,6 +27,7 @@ __all__ = [
     "PartitionPlan",
     "Program",
     "ProgramModule",
+    "PrunedUnits",
     "SyntheticHalves",
     "data",
     "draw",
@@ -38,6 +40,7 @@ __all__ = [
     "load_model",
     "local_critics",
     "partition",
+    "prune_units",
     "save",
     "sparsify",
     "synthetic_halves",

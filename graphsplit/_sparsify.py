@@ -256,7 +256,9 @@ def sparsify(
     """
     scoring = Scoring(method, data, loss, mode, temperature, iterations, seed)
     scoring.check()
-    program = program_to_prune(model, args, kwargs, data, outputs)
+    if args == () and not kwargs and data is not None:
+        args = example_of(data)
+    program = program_to_prune(model, args, kwargs, outputs)
     names = prunable(program, biases=biases, norms=norms)
     scores, chosen = choose(program, names, scoring, sparsity, scope)
     masks = Masks(program, chosen, scores, method, scope)
@@ -272,14 +274,11 @@ def program_to_prune(
     model: nn.Module | Program,
     args: Any,
     kwargs: Mapping[str, Any] | None,
-    data: Any,
     outputs: Sequence[str] | None,
 ) -> Program:
-    """The program of a model, traced with the first batch where no example is given."""
+    """The program of a model, traced where it is none yet."""
     if isinstance(model, ProgramModule):
         return program_of(model)
     if isinstance(model, Program):
         return model
-    if args == () and not kwargs and data is not None:
-        args = example_of(data)
     return trace(model, args, kwargs, outputs=outputs)

@@ -166,7 +166,7 @@ _FORMULAS: Mapping[str, Callable[[fx.Node], int]] = {
 }  # fmt: skip
 
 
-class _Watched(fx.Interpreter):
+class Watched(fx.Interpreter):
     """Runs a graph node by node over a program's state; ``watch`` may look at each."""
 
     def __init__(self, graph: fx.Graph, state: Mapping[str, Tensor]) -> None:
@@ -179,7 +179,7 @@ class _Watched(fx.Interpreter):
         return self.training if target == TRAINING else self.state[str(target)]
 
 
-class _Saved(_Watched):
+class _Saved(Watched):
     """Which bytes autograd keeps because of which node, each storage once."""
 
     def __init__(self, graph: fx.Graph, state: Mapping[str, Tensor]) -> None:
@@ -230,7 +230,7 @@ def _leaves(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor if tensor.requires_grad else tensor.clone() for name, tensor in state.items()}
 
 
-class _Timed(_Watched):
+class _Timed(Watched):
     """Seconds of each node: its forward and its backward."""
 
     def __init__(self, graph: fx.Graph, state: Mapping[str, Tensor]) -> None:

@@ -748,6 +748,10 @@ OPTIONS = {
         *("--iterations", "--seed", "--entry", "--input", "--keep-output", "--force", "--json"),
         "-v/--verbose",
     ],
+    "prune-units": [
+        *("-o/--out", "--method", "--amount", "--scope", "--mode", "--seed", "--entry", "--input"),
+        *("--keep-output", "--no-verify", "--force", "--json", "-v/--verbose"),
+    ],
     "verify": ["-k", "--entry", "--input", "--keep-output", "--json", "-v/--verbose"],
     "export": ["-o/--out", "-k", "--entry", "--input", "--keep-output", "--force", "--json", "-v/--verbose"],
     "draw": [

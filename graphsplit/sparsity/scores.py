@@ -114,15 +114,34 @@ def choose(
     check_sparsity(sparsity)
     if scope not in SCOPES:
         raise UserError(f"scope is {scope!r}, expected one of {', '.join(SCOPES)}")
+    _refuse_meta(program, names)
+    if scoring.method == "synflow":
+        return _synflow(program, names, scoring.iterations, sparsity, scope)
+    found = _checked(scores_of(program, names, scoring), scoring.method)
+    return found, top_k(_saliency(found, scoring.method), sparsity, scope)
+
+
+def saliency_of(program: Program, names: Sequence[str], scoring: Scoring) -> Scores:
+    """Scores of which the largest are to be kept; of SynFlow those of its first round.
+
+    Raises:
+        As `choose`.
+    """
+    scoring.check()
+    _refuse_meta(program, names)
+    return _saliency(_checked(scores_of(program, names, scoring), scoring.method), scoring.method)
+
+
+def _saliency(scores: Scores, method: Method) -> Scores:
+    """GraSP keeps the smallest scores, the others keep the largest."""
+    return {name: -values for name, values in scores.items()} if method == "grasp" else scores
+
+
+def _refuse_meta(program: Program, names: Sequence[str]) -> None:
     if any(program.state[name].tensor.is_meta for name in names):
         raise InputError(
             "the model is on the meta device, where weights have no values", hint="load the weights first"
         )
-    if scoring.method == "synflow":
-        return _synflow(program, names, scoring.iterations, sparsity, scope)
-    found = _checked(scores_of(program, names, scoring), scoring.method)
-    sign = -1.0 if scoring.method == "grasp" else 1.0
-    return found, top_k({name: sign * values for name, values in found.items()}, sparsity, scope)
 
 
 def scores_of(program: Program, names: Sequence[str], scoring: Scoring) -> Scores:
