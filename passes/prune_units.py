@@ -34,11 +34,12 @@ from graphsplit.analysis.dealing import Deck, Parts
 from graphsplit.analysis.inference import Inference, infer
 from graphsplit.analysis.layout import Layout
 from graphsplit.analysis.units import Ids, varying
+from graphsplit.builder import GraphBuilder
 from graphsplit.costs import Watched
 from graphsplit.emission import random_state
 from graphsplit.errors import PartitionError
 from graphsplit.passes.base import Pass, PassResult, Programs
-from graphsplit.passes.partition import extract
+from graphsplit.passes.partition import extract, extract_graph
 from graphsplit.plan import PartitionPlan
 from graphsplit.program import Program, op_name, source_of
 from graphsplit.retarget import without_noise
@@ -300,7 +301,9 @@ def _first_difference(analysis: Analysis, example: Example | None) -> fx.Node | 
     modes = (True, False)
     graphs = analysis.program.graphs
     for number, graph in enumerate(graphs):
-        calls: list[fx.Node] = [node for node in graph.nodes if node.op == "call_function"]
+        become: dict[fx.Node, fx.Node] = {}
+        extract_graph(analysis, graph, KEPT, GraphBuilder({}), become)
+        names = {node: new.name for node, new in become.items() if node.op == "call_function"}
         for training in modes if len(graphs) == 1 else modes[number : number + 1]:
             runs = []
             for program in (full, small):
@@ -309,16 +312,15 @@ def _first_difference(analysis: Analysis, example: Example | None) -> fx.Node | 
                 with torch.no_grad():
                     run.run(*(x.clone() for x in inputs))
                 runs.append(run.seen)
-            for node in calls:
-                if node.name in runs[1] and _differs(analysis, node, *runs):
+            for node, name in names.items():
+                if name in runs[1] and _differs(analysis, node, runs[0][node.name], runs[1][name]):
                     return node
     return None
 
 
-def _differs(analysis: Analysis, node: fx.Node, full: Mapping[str, Any], small: Mapping[str, Any]) -> bool:
+def _differs(analysis: Analysis, node: fx.Node, before: Any, after: Any) -> bool:
     layout = analysis.kinds.layout.get(node)
     layouts = layout if isinstance(layout, list) else [layout]
-    before, after = full[node.name], small[node.name]
     pairs = (
         zip(before, after, layouts, strict=True)
         if isinstance(before, (tuple, list)) and isinstance(layout, list)
