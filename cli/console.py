@@ -178,6 +178,35 @@ def certificate(data: Mapping[str, Any] | None) -> None:
     _section(f"Certificate: {verdict}", table)
 
 
+def masks(report: Mapping[str, Any]) -> None:
+    """What is left of every pruned parameter."""
+    rows = report["layers"]
+    size, kept = (sum(row[name] for row in rows) for name in ("size", "kept"))
+    words = f" from {report['origin']}: {kept:,} of {size:,} weights are left, by {report['method']}"
+    _print(Text.assemble((report["model"], "bold"), words), wrap=False)
+    table = _table("", "shape", ("weights", "right"), ("left", "right"), ("density", "right"))
+    for row in rows:
+        share = f"{row['kept'] / max(row['size'], 1):.2%}".replace("%", " %")
+        table.add_row(row["name"], _shape(row["shape"]), f"{row['size']:,}", f"{row['kept']:,}", share)
+    _section("Masks", table)
+
+
+def pruned(report: Mapping[str, Any]) -> None:
+    """What is left of every axis of units, and what could lose nothing."""
+    (before, after), (flops, fewer) = report["parameters"], report["flops"]
+    words = f" from {report['origin']}: {after:,} of {before:,} parameters, {fewer:,} of {flops:,} FLOPs"
+    _print(Text.assemble((report["model"], "bold"), words), wrap=False)
+    table = _table("", ("units", "right"), ("left", "right"))
+    for row in report["axes"]:
+        table.add_row(row["name"], f"{row['before']:,}", f"{row['after']:,}")
+    _section("Units", table)
+    if report["kept"]:
+        table = _table("", "")
+        for row in report["kept"]:
+            table.add_row(row["name"], row["reason"])
+        _section("Stay whole", table)
+
+
 def depth(report: Mapping[str, Any], origin: str) -> None:
     """Layer groups, what crosses the cuts, and what each prefix takes."""
     full = f"{report['parameters']:,} parameters"

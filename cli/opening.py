@@ -14,10 +14,12 @@ from graphsplit import exports
 from graphsplit._api import Partition, from_bundle, partition
 from graphsplit._fuse import FusedModule
 from graphsplit._layer_groups import LayerGroups
-from graphsplit.bundle import DepthBundle, FusedBundle, PartitionBundle, Saved, load, program_of
+from graphsplit._sparsify import Masks
+from graphsplit.bundle import DepthBundle, FusedBundle, MaskBundle, PartitionBundle, Saved, load, program_of
 from graphsplit.cli.common import Start, Who
 from graphsplit.cli.console import Progress
 from graphsplit.drawing.division import Division
+from graphsplit.emission import ProgramModule
 from graphsplit.errors import BundleError, PartitionError
 from graphsplit.loading import load_model
 from graphsplit.program import Program
@@ -253,10 +255,16 @@ def open_any(asked: Asked, progress: Progress) -> Opened | OpenedDepth | OpenedP
     if isinstance(bundle, FusedBundle):
         return OpenedFused(bundle.program, asked.target, bundle)
     if not isinstance(bundle, DepthBundle):
-        program = bundle if isinstance(bundle, Program) else program_of(bundle)
-        return OpenedProgram(program, asked.target)
+        return OpenedProgram(_program_of(bundle), asked.target)
     with progress.step("open"):
         return OpenedDepth(from_bundle(bundle), asked.target)
+
+
+def _program_of(bundle: Program | ProgramModule | MaskBundle) -> Program:
+    """The one program of a bundle; masks are zeros in its weights."""
+    if isinstance(bundle, MaskBundle):
+        return Masks.from_bundle(bundle).folded_program()
+    return bundle if isinstance(bundle, Program) else program_of(bundle)
 
 
 def open_width(asked: Asked, progress: Progress, options: Options | None = None) -> Opened:

@@ -13,7 +13,20 @@ import typer
 from typer.core import TyperGroup
 
 import graphsplit
-from graphsplit.cli import console, depth, draw, export, fuse, inspect, merge, partition, run, verify
+from graphsplit.cli import (
+    console,
+    depth,
+    draw,
+    export,
+    fuse,
+    inspect,
+    merge,
+    partition,
+    prune_units,
+    run,
+    sparsify,
+    verify,
+)
 from graphsplit.errors import GraphsplitError
 
 INTERRUPTED = 130
@@ -95,6 +108,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "fuse": fuse.fuse,
     "critics": depth.critics,
     "sil": depth.sil,
+    "sparsify": sparsify.sparsify,
+    "prune-units": prune_units.prune_units,
     "verify": verify.verify,
     "export": export.export,
     "draw": draw.draw,

@@ -5,6 +5,8 @@ from graphsplit._api import Partition, draw, export_onnx, load, partition, save
 from graphsplit._fuse import FusedModule, fuse
 from graphsplit._layer_groups import LayerGroups, layer_groups
 from graphsplit._local_critics import LocalCritics, local_critics
+from graphsplit._prune_units import PrunedUnits, prune_units
+from graphsplit._sparsify import Masks, sparsify
 from graphsplit._synthetic_halves import SyntheticHalves, synthetic_halves
 from graphsplit.emission import ProgramModule, emit
 from graphsplit.loading import load_model
@@ -20,10 +22,12 @@ __all__ = [
     "FusedModule",
     "LayerGroups",
     "LocalCritics",
+    "Masks",
     "Partition",
     "PartitionPlan",
     "Program",
     "ProgramModule",
+    "PrunedUnits",
     "SyntheticHalves",
     "data",
     "draw",
@@ -36,7 +40,9 @@ __all__ = [
     "load_model",
     "local_critics",
     "partition",
+    "prune_units",
     "save",
+    "sparsify",
     "synthetic_halves",
     "trace",
     "train",

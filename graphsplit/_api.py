@@ -16,11 +16,12 @@ from graphsplit import bundle, exports
 from graphsplit._fuse import FusedModule, fuse
 from graphsplit._layer_groups import LayerGroups
 from graphsplit._local_critics import LocalCritics
+from graphsplit._sparsify import Masks
 from graphsplit._synthetic_halves import SyntheticHalves
 from graphsplit.analysis import Analysis, analyse
 from graphsplit.analysis.analysis import check_k
 from graphsplit.analysis.dealing import Prescribed, Strategy, check_shares, dealer_of
-from graphsplit.bundle import DepthBundle, FusedBundle, PartitionBundle
+from graphsplit.bundle import DepthBundle, FusedBundle, MaskBundle, PartitionBundle
 from graphsplit.drawing import draw as figure_of
 from graphsplit.drawing import snippet
 from graphsplit.drawing.division import ByWidth, Division
@@ -387,15 +388,17 @@ def _difference(wanted: PartitionPlan, found: PartitionPlan) -> str:
     return "state tensors or axes differ"
 
 
-Object = Partition | LayerGroups | LocalCritics | SyntheticHalves | FusedModule | Program | ProgramModule
+Object = (
+    Partition | LayerGroups | LocalCritics | SyntheticHalves | FusedModule | Masks | Program | ProgramModule
+)
 
 
-def save(obj: Object | PartitionBundle | DepthBundle | FusedBundle, path: str | Path) -> None:
+def save(obj: Object | PartitionBundle | DepthBundle | FusedBundle | MaskBundle, path: str | Path) -> None:
     """Write a bundle, all of it or nothing; an older bundle in its place is replaced.
 
     Args:
         obj: What graphsplit made, with the weights that it has now: a partition, layer groups, local critics,
-            synthetic halves, a fused module, a program or a module.
+            synthetic halves, a fused module, masks, a program or a module.
         path: The folder.
 
     Raises:
@@ -403,7 +406,7 @@ def save(obj: Object | PartitionBundle | DepthBundle | FusedBundle, path: str | 
     """
     if isinstance(obj, Partition):
         obj = PartitionBundle(bundle.without_weights(obj.program), obj.plan, obj.current_programs())
-    elif isinstance(obj, (LayerGroups, LocalCritics, SyntheticHalves, FusedModule)):
+    elif isinstance(obj, (LayerGroups, LocalCritics, SyntheticHalves, FusedModule, Masks)):
         obj = obj.to_bundle()
     bundle.save(obj, path)
 
@@ -422,6 +425,8 @@ def load(path: str | Path) -> Object:
         return from_bundle(found)
     if isinstance(found, FusedBundle):
         return FusedModule.from_bundle(found)
+    if isinstance(found, MaskBundle):
+        return Masks.from_bundle(found)
     if not isinstance(found, PartitionBundle):
         return found
     divided = partition(found.source, plan=found.plan)
@@ -454,6 +459,8 @@ def draw(obj: Object, path: str | Path, *, depth: int | None = None) -> None:
     path = Path(path)
     if isinstance(obj, ProgramModule):
         obj = bundle.program_of(obj)
+    if isinstance(obj, Masks):
+        obj = obj.folded_program()
     program, division = (obj, None) if isinstance(obj, Program) else obj.drawn()
     text = figure_of(program, division, path, depth)
     try:
@@ -466,10 +473,11 @@ def export_onnx(obj: Object, path: str | Path) -> dict[str, OnnxReport]:
     """Write ONNX, checked by onnx.checker and run in ONNX Runtime against torch at two batch sizes.
 
     Args:
-        obj: A program or module: one file. A partition: a folder with ``submodel_0.onnx`` to ``merged.onnx``,
-            and ``ensemble.onnx``, in which every sub-model is a function and the mean of all is given. Layer
-            groups: a folder with ``group_0.onnx`` and so on; local critics: ``submodel_0.onnx`` and so on
-            beside them, and ``anytime.onnx``, which leaves early at the confidence that is its last input.
+        obj: A program, a module or masks (zeros in the weights): one file. A partition: a folder with
+            ``submodel_0.onnx`` to ``merged.onnx``, and ``ensemble.onnx``, in which every sub-model is a
+            function and the mean of all is given. Layer groups: a folder with ``group_0.onnx`` and so on;
+            local critics: ``submodel_0.onnx`` and so on beside them, and ``anytime.onnx``, which leaves early
+            at the confidence that is its last input.
         path: The file, or the folder.
 
     Returns:
@@ -482,6 +490,8 @@ def export_onnx(obj: Object, path: str | Path) -> dict[str, OnnxReport]:
     path = Path(path)
     if isinstance(obj, ProgramModule):
         obj = bundle.program_of(obj)
+    if isinstance(obj, Masks):
+        obj = obj.folded_program()
     if isinstance(obj, Program):
         found = exports.of_programs({path.name: obj}, path.parent)
     else:

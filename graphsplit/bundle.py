@@ -6,6 +6,7 @@ Layout::
     plan.json                the partition plan, or the depth plan
     source.graph.json        a program without its tensors (also program.*, submodel_0.*, group_0.*, merged.*)
     source.safetensors       its tensors by name; none where all are on the meta device
+    masks.safetensors        masks on weights, and scores.safetensors by which they were chosen
     anything.onnx            further files, as they were given
 
 A folder is written beside its place, forced to disk, and renamed into it, so that a reader finds the old
@@ -45,7 +46,7 @@ FORMAT = "graphsplit-bundle"
 VERSION = 1
 MANIFEST = "manifest.json"
 
-Kind = Literal["program", "module", "partition", "layer-groups", "fused"]
+Kind = Literal["program", "module", "partition", "layer-groups", "fused", "masks"]
 
 Plan = TypeVar("Plan", PartitionPlan, DepthPlan)
 
@@ -124,7 +125,24 @@ class FusedBundle:
     certificate: dict[str, Any] | None = None
 
 
-Saved = Program | ProgramModule | PartitionBundle | DepthBundle | FusedBundle
+@dataclass(frozen=True)
+class MaskBundle:
+    """A model with masks.
+
+    Attributes:
+        program: The model without them.
+        masks: By the first name of a parameter, true where a weight is kept.
+        scores: By which they were chosen, in float64.
+        options: Plain JSON data beside them: how.
+    """
+
+    program: Program
+    masks: Mapping[str, Tensor]
+    scores: Mapping[str, Tensor]
+    options: dict[str, Any]
+
+
+Saved = Program | ProgramModule | PartitionBundle | DepthBundle | FusedBundle | MaskBundle
 
 
 def save(obj: Saved, path: str | Path, *, overwrite: bool = True) -> None:
@@ -222,6 +240,12 @@ def _content(obj: Saved) -> _Content:
         return _depth_content(obj)
     if isinstance(obj, FusedBundle):
         return _fused_content(obj)
+    if isinstance(obj, MaskBundle):
+        content = _Content("masks", obj.program.name, {"options": encode(obj.options, "the options")})
+        content.index["program"] = content.add("program", obj.program)
+        content.tensors["masks.safetensors"] = dict(obj.masks)
+        content.tensors["scores.safetensors"] = dict(obj.scores)
+        return content
     if isinstance(obj, ProgramModule):
         content = _Content("module", obj.program_name, {"training": obj.training})
         content.index["program"] = content.add("program", program_of(obj))
@@ -605,12 +629,25 @@ class _Reader:
             return self._layer_groups()
         if kind == "fused":
             return self._fused()
+        if kind == "masks":
+            return self._masks()
         if kind not in ("program", "module"):
             raise BundleError(f"{self.folder / MANIFEST} is of the kind {kind!r}, which is not known")
         program = self._program(self.manifest["program"])
         if kind == "program":
             return program
         return emit(program, copy=False).train(self.manifest["training"] is True)
+
+    def _masks(self) -> MaskBundle:
+        program = self._program(self.manifest["program"])
+        paths = [self._path(f"{name}.safetensors") for name in ("masks", "scores")]
+        masks, scores = (_read_tensors(path, set(), self.device) for path in paths)
+        for path, tensors in zip(paths, (masks, scores), strict=True):
+            for name, tensor in tensors.items():
+                entry = program.state.get(name)
+                if entry is None or entry.tensor.shape != tensor.shape:
+                    raise BundleError(f"{path} holds {name}, which is no tensor of the model")
+        return MaskBundle(program, masks, scores, decode(self.manifest["options"]))
 
     def _plan(self, read: Callable[[str], Plan]) -> Plan:
         path = self._path(self.manifest["plan"])

@@ -33,6 +33,11 @@ def flops(node: fx.Node) -> int:
     return 0 if count is None else 2 * count(node)
 
 
+def is_contraction(node: fx.Node) -> bool:
+    """True for ops that multiply and sum, which are those that cost FLOPs."""
+    return isinstance(node.target, torch._ops.OpOverload) and base_name(node) in _FORMULAS
+
+
 def graph_flops(graph: fx.Graph) -> int:
     """FLOPs of a forward pass, with the sizes of the traced example."""
     return sum(flops(node) for node in graph.nodes)
@@ -162,7 +167,7 @@ _FORMULAS: Mapping[str, Callable[[fx.Node], int]] = {
 }  # fmt: skip
 
 
-class _Watched(fx.Interpreter):
+class Watched(fx.Interpreter):
     """Runs a graph node by node over a program's state; ``watch`` may look at each."""
 
     def __init__(self, graph: fx.Graph, state: Mapping[str, Tensor]) -> None:
@@ -175,7 +180,7 @@ class _Watched(fx.Interpreter):
         return self.training if target == TRAINING else self.state[str(target)]
 
 
-class _Saved(_Watched):
+class _Saved(Watched):
     """Which bytes autograd keeps because of which node, each storage once."""
 
     def __init__(self, graph: fx.Graph, state: Mapping[str, Tensor]) -> None:
@@ -226,7 +231,7 @@ def _leaves(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor if tensor.requires_grad else tensor.clone() for name, tensor in state.items()}
 
 
-class _Timed(_Watched):
+class _Timed(Watched):
     """Seconds of each node: its forward and its backward."""
 
     def __init__(self, graph: fx.Graph, state: Mapping[str, Tensor]) -> None:

@@ -44,27 +44,40 @@ def initialise(submodel: Program, analysis: Analysis, part: int, how: Init, seed
     """
     if how == "slice":
         return submodel
+    if how == "fresh":
+        return freshly_drawn(submodel, seed * 1_000_003 + part)
     fans = {name: fan_in_dims(node, user) for name, node, user in _weights(submodel)}
     plans = {plan.name: plan for plan in analysis.plan.state}
     values: dict[str, Tensor] = {}
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + part)
-    biases = _biases(submodel, fans)
     for name, entry in submodel.state.items():
         if entry.kind != "parameter":
             continue
-        if how == "rescale":
-            full = [plans[name].shape[dim] for dim in fans.get(name, ())]
-            local = [entry.tensor.shape[dim] for dim in fans.get(name, ())]
-            ratio = math.prod(full) / max(math.prod(local), 1)
-            if ratio != 1:
-                values[name] = (entry.tensor.detach() * math.sqrt(ratio)).requires_grad_(entry.requires_grad)
-        else:
-            fan_in = biases.get(name)
-            if not fan_in and (name in fans or name in biases):
-                fan_in = math.prod(entry.tensor.shape[dim] for dim in fans.get(name, ()))
-            drawn = _fresh(entry.tensor, fan_in, generator)
-            values[name] = drawn.requires_grad_(entry.requires_grad)
+        full = [plans[name].shape[dim] for dim in fans.get(name, ())]
+        local = [entry.tensor.shape[dim] for dim in fans.get(name, ())]
+        ratio = math.prod(full) / max(math.prod(local), 1)
+        if ratio != 1:
+            values[name] = (entry.tensor.detach() * math.sqrt(ratio)).requires_grad_(entry.requires_grad)
     return submodel.with_state(values)
+
+
+def freshly_drawn(program: Program, seed: int) -> Program:
+    """The program with parameters as at the start of training; buffers stay as they are.
+
+    Weights and biases of layers are uniform within 1/sqrt(fan-in), others like the given ones.
+    """
+    fans = {name: fan_in_dims(node, user) for name, node, user in _weights(program)}
+    biases = _biases(program, fans)
+    values: dict[str, Tensor] = {}
+    generator = torch.Generator().manual_seed(seed)
+    for name, entry in program.state.items():
+        if entry.kind != "parameter":
+            continue
+        fan_in = biases.get(name)
+        if not fan_in and (name in fans or name in biases):
+            fan_in = math.prod(entry.tensor.shape[dim] for dim in fans.get(name, ()))
+        drawn = _fresh(entry.tensor, fan_in, generator)
+        values[name] = drawn.requires_grad_(entry.requires_grad)
+    return program.with_state(values)
 
 
 def _fresh(given: Tensor, fan_in: int | None, generator: torch.Generator) -> Tensor:

@@ -57,6 +57,7 @@ class Loaded:
         origin: Where the model came from: ``path/to/file.py:attribute``, ``package.module:attribute``, or its
             name in a package.
         outputs: What to keep of the outputs where nothing else is asked for; None for all of them.
+        module: The user's file or module, where there is one.
     """
 
     model: nn.Module
@@ -65,6 +66,15 @@ class Loaded:
     name: str
     origin: str
     outputs: tuple[str, ...] | None = None
+    module: ModuleType | None = None
+
+    def defined(self, name: str) -> Any:
+        """What else the file defines under a name, or None; a function without arguments is called."""
+        value = getattr(self.module, name, None)
+        if inspect.isfunction(value) and not inspect.signature(value).parameters:
+            with _users_code(self.origin, sys.argv):
+                value = value()
+        return value
 
     @property
     def example(self) -> Any:
@@ -109,7 +119,8 @@ def load_model(
     wanted = entry or attribute or MODEL
     model = _model(module, place, wanted, given=bool(entry or attribute))
     args, kwargs = make_inputs(inputs) if inputs else _example_inputs(module, place)
-    return Loaded(model, args, kwargs, name if wanted == MODEL else wanted, f"{place}:{wanted}")
+    name = name if wanted == MODEL else wanted
+    return Loaded(model, args, kwargs, name, f"{place}:{wanted}", module=module)
 
 
 _SPEC_HINT = "give the path of a Python file, package.module:attribute, or a name such as hf:bert"

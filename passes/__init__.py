@@ -7,6 +7,8 @@ from graphsplit.passes.layer_groups import LayerGroups, Recompose
 from graphsplit.passes.merge import Merge
 from graphsplit.passes.partition import Partition
 from graphsplit.passes.pipeline import PASSES, Pipeline, Timing
+from graphsplit.passes.prune_units import PruneUnits
+from graphsplit.passes.sparsify import Sparsify
 from graphsplit.passes.unstack import Unstack
 from graphsplit.passes.widen import Widen
 
@@ -21,7 +23,9 @@ __all__ = [
     "PassResult",
     "Pipeline",
     "Programs",
+    "PruneUnits",
     "Recompose",
+    "Sparsify",
     "Timing",
     "Unstack",
     "Widen",

@@ -63,9 +63,15 @@ def _sliced(entry: StateEntry, tensor: Any) -> Any:
     return tensor.requires_grad_(entry.tensor.requires_grad) if entry.kind == "parameter" else tensor
 
 
-def extract_graph(analysis: Analysis, graph: fx.Graph, part: int, build: GraphBuilder) -> GraphBuilder:
-    """Build the graph of sub-model ``part``."""
-    values: dict[fx.Node, fx.Node] = {}
+def extract_graph(
+    analysis: Analysis,
+    graph: fx.Graph,
+    part: int,
+    build: GraphBuilder,
+    values: dict[fx.Node, fx.Node] | None = None,
+) -> GraphBuilder:
+    """Build the graph of sub-model ``part``; ``values`` is filled with what each node has become."""
+    values = {} if values is None else values
     for node in graph.nodes:
         if node.op == "placeholder":
             values[node] = build.placeholder(node)

@@ -22,12 +22,14 @@ from graphsplit.passes.fuse import Fuse
 from graphsplit.passes.layer_groups import LayerGroups, Recompose
 from graphsplit.passes.merge import Merge
 from graphsplit.passes.partition import Partition
+from graphsplit.passes.prune_units import PruneUnits
+from graphsplit.passes.sparsify import Sparsify
 from graphsplit.passes.unstack import Unstack
 from graphsplit.passes.widen import Widen
 from graphsplit.program import Program, check
 
 PASSES: tuple[type[Pass], ...] = (
-    Partition, Merge, Fuse, Widen, LayerGroups, Recompose, Unstack, DeadCodeElimination,
+    Partition, Merge, Fuse, Widen, LayerGroups, Recompose, Sparsify, PruneUnits, Unstack, DeadCodeElimination,
 )  # fmt: skip
 """Every pass that can be named in a pipeline's text."""
 

@@ -753,6 +753,15 @@ OPTIONS = {
         *("--noise", "--seed", "--entry", "--input", "--keep-output", "--no-verify", "--onnx", "--force"),
         *("--json", "-v/--verbose"),
     ],
+    "sparsify": [
+        *("-o/--out", "--method", "--sparsity", "--scope", "--mode", "--biases", "--norms", "--temperature"),
+        *("--iterations", "--seed", "--entry", "--input", "--keep-output", "--force", "--json"),
+        "-v/--verbose",
+    ],
+    "prune-units": [
+        *("-o/--out", "--method", "--amount", "--scope", "--mode", "--seed", "--entry", "--input"),
+        *("--keep-output", "--no-verify", "--force", "--json", "-v/--verbose"),
+    ],
     "verify": ["-k", "--entry", "--input", "--keep-output", "--json", "-v/--verbose"],
     "export": ["-o/--out", "-k", "--entry", "--input", "--keep-output", "--force", "--json", "-v/--verbose"],
     "draw": [

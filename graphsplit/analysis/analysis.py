@@ -89,16 +89,37 @@ def analyse(
     _refuse_complex(program)
     inference = infer(program, k)
     assignment = assign(inference, shares, deal)
+    found = _analysis(program, inference, assignment)
+    _refuse_nothing(inference, assignment, found.kept_whole)
+    require_valid(inference, assignment, found.plan)
+    return found
+
+
+def analyse_kept(inference: Inference, deal: Dealer) -> Analysis:
+    """The division into what is kept (sub-model 0) and what is dropped (sub-model 1), which is no model.
+
+    Args:
+        inference: For K = 2, with the outer dimension as units.
+        deal: Gives 0 for units that are kept, 1 for the others, and for axes that lose nothing -1.
+
+    Raises:
+        PartitionError: There is nothing to divide.
+    """
+    program = inference.program
+    _refuse_complex(program)
+    return _analysis(program, inference, assign(inference, None, deal, needed=1))
+
+
+def _analysis(program: Program, inference: Inference, assignment: Assignment) -> Analysis:
+    k = inference.k
     layouts = Layouts(assignment, k)
     kept = tuple(
         f"{facts.whole} ({source_of(node)})"
         for node, facts in inference.facts.items()
         if facts.whole is not None
     )
-    _refuse_nothing(inference, assignment, kept)
     kinds = classify(inference, layouts)
     plan, divided = _plan(program, inference, layouts, kinds, assignment, k)
-    require_valid(inference, assignment, plan)
     return Analysis(program, k, inference, assignment, layouts, kinds, plan, divided, kept)
 
 

@@ -44,7 +44,10 @@ class Assignment:
 
 
 def assign(
-    inference: Inference, shares: tuple[float, ...] | None = None, deal: Dealer = contiguous
+    inference: Inference,
+    shares: tuple[float, ...] | None = None,
+    deal: Dealer = contiguous,
+    needed: int | None = None,
 ) -> Assignment:
     """Divide the units of every axis into K shares.
 
@@ -52,6 +55,7 @@ def assign(
         inference: Facts about the program, for a given K.
         shares: Relative sizes of the sub-models; equal ones (up to one unit) by default.
         deal: Says which unit goes to which sub-model.
+        needed: How many of the sub-models, from the first, have to be models; all by default.
 
     Where a share would not be a rectangular slice of some tensor, the units along one of its dimensions are
     tied and the division is made again. Where a sub-model would have nothing of some tensor (a slice of
@@ -60,13 +64,14 @@ def assign(
     apart: list[Ids] = []
     while True:
         assignment = _divide(inference, shares or (1.0,) * inference.k, deal, apart)
-        ragged = _ragged(inference, assignment)
+        parts = range(inference.k if needed is None else needed)
+        ragged = _ragged(inference, assignment, parts)
         # What is prescribed has gone through this before.
-        missing = [] if isinstance(deal, Prescribed) else _missing(inference, assignment)
+        missing = [] if isinstance(deal, Prescribed) else _missing(inference, assignment, parts)
         if not ragged and not missing:
             return assignment
         for ids in ragged:
-            _tie(inference, ids)
+            _tie(inference, ids, evenly=needed is None)
         apart += missing
 
 
@@ -145,7 +150,7 @@ def _arrays(inference: Inference) -> Iterator[Ids]:
             yield ids
 
 
-def _ragged(inference: Inference, assignment: Assignment) -> list[Ids]:
+def _ragged(inference: Inference, assignment: Assignment, of: range) -> list[Ids]:
     """Factors of which some sub-model's share is no product of index sets."""
     seen: set[tuple[int, ...]] = set()
     found = []
@@ -157,7 +162,7 @@ def _ragged(inference: Inference, assignment: Assignment) -> list[Ids]:
             continue
         seen.add(key)
         parts = assignment.part[ids]
-        for part in range(inference.k):
+        for part in of:
             inside = (parts == part) | (parts == SHARED_PART)
             product = np.ones_like(inside)
             for dim in varying(ids):
@@ -169,7 +174,7 @@ def _ragged(inference: Inference, assignment: Assignment) -> list[Ids]:
     return found
 
 
-def _missing(inference: Inference, assignment: Assignment) -> list[Ids]:
+def _missing(inference: Inference, assignment: Assignment, of: range) -> list[Ids]:
     """Factors of which some sub-model holds nothing."""
     seen: set[tuple[int, ...]] = set()
     found = []
@@ -178,14 +183,15 @@ def _missing(inference: Inference, assignment: Assignment) -> list[Ids]:
         if key not in seen:
             seen.add(key)
             held = np.bincount(assignment.part[ids].ravel() - SHARED_PART, minlength=inference.k + 1)
-            if not held[0] and not held[1:].all():
+            if not held[0] and not held[1 + of.start : 1 + of.stop].all():
                 found.append(ids)
     return found
 
 
-def _tie(inference: Inference, ids: Ids) -> None:
+def _tie(inference: Inference, ids: Ids, *, evenly: bool) -> None:
+    """Units vary along one dimension from now on: one that K divides if this matters, else the longest."""
     dims = varying(ids)
     positions = {dim: inference.units._positions(ids, [dim]) for dim in dims}
-    carriers = [dim for dim in dims if positions[dim] % inference.k == 0]
+    carriers = [dim for dim in dims if evenly and positions[dim] % inference.k == 0]
     carriers += sorted(dims, key=lambda dim: -positions[dim])
     inference.units.tie(ids, [dim for dim in dims if dim != carriers[0]])

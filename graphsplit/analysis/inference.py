@@ -339,15 +339,16 @@ def operands(node: fx.Node) -> Iterator[tuple[Path, fx.Node]]:
             yield name, argument
 
 
-def infer(program: Program, k: int) -> Inference:
+def infer(program: Program, k: int, *, outermost: bool = False) -> Inference:
     """Run unit inference.
 
     Args:
         program: What to analyse.
         k: Number of sub-models; decides which dimension carries the units where there is a choice.
+        outermost: The outer dimension carries them whether K divides it or not: heads, and groups.
     """
     import graphsplit.analysis.rules  # noqa: F401 - registers the rules
 
-    inference = Inference(program, k, UnitBuilder(k))
+    inference = Inference(program, k, UnitBuilder(1 if outermost else k))
     inference.run()
     return inference

@@ -1,0 +1,245 @@
+"""Whole units: the pass `prune-units`, `gs.prune_units` and the command."""
+
+import copy
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import graphsplit as gs
+from graphsplit.errors import PartitionError, UserError
+from graphsplit.passes import Pipeline, Programs
+from graphsplit.passes.prune_units import PruneUnits
+from graphsplit.program import Program, check
+from laws import as_call, largest_difference, program_unchanged, run
+from zoo import ZOO
+
+# One or two of every family; `benchmarks/prune_units.py` goes through all.
+TRIED = [
+    *("lenet", "resnet_basic", "resnext", "shufflenet_v2", "mobilenet_v2", "densenet", "vit", "gpt"),
+    *("llama_two_kv_heads", "lstm_bidirectional", "tied_autoencoder", "mask_buffers", "norm_group"),
+]
+# Why nothing can be dropped, in the words of the message.
+REFUSED = {
+    "hidden_output": "every unit reaches an output",
+    "norm_group_single": r"is mixed by group_norm\.default \(module norm1",
+}
+
+
+@functools.cache
+def traced(name: str) -> Program:
+    return gs.trace(ZOO[name].build(), *as_call(ZOO[name].inputs()))
+
+
+def pruned(name: str, **options: Any) -> gs.PrunedUnits:
+    args, kwargs = as_call(ZOO[name].inputs())
+    return gs.prune_units(traced(name), args, kwargs, **options)
+
+
+@pytest.mark.parametrize("name", TRIED)
+def test_smaller_model_is_the_masked_one(name: str) -> None:
+    program = traced(name)
+    with program_unchanged(program):
+        found = pruned(name)
+    certificate = found.verify()
+    assert certificate.ok, certificate
+    assert certificate.max_error < 1e-11
+    check(found.program)
+    before, after = found.parameters()
+    assert after < before
+    assert all(1 <= after == before - round(before / 2) for before, after in found.axes.values())
+    args, kwargs = as_call(ZOO[name].inputs())
+    with torch.no_grad():
+        small = found.module.eval()(*args, **kwargs)
+        masked = found.masked().eval()(*args, **kwargs)
+    pairs = [torch.utils._pytree.tree_leaves(value) for value in (small, masked)]
+    assert largest_difference(*[[x for x in leaves if isinstance(x, Tensor)] for leaves in pairs]) < 1e-4
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str) -> None:
+    with pytest.raises(PartitionError, match=REFUSED[name]) as caught:
+        pruned(name)
+    assert caught.value.hint
+
+
+class Net(nn.Module):
+    """A residual stream under a layer norm, heads, and a hidden layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Linear(3, 8), nn.LayerNorm(8)
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.hidden, self.head = nn.Linear(8, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        n, t, _ = x.shape
+        q, k, v = self.qkv(self.norm(x)).view(n, t, 3, 4, 2).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, 8)
+        return self.head(F.relu(self.hidden(x + self.out(y)))).mean(1)
+
+
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+X = torch.randn(5, 4, 3, generator=torch.Generator().manual_seed(0))
+
+
+def test_heads_are_units_and_what_is_normalised_stays_whole() -> None:
+    found = gs.prune_units(net(), X)
+    assert found.axes == {"qkv.weight[0]": (4, 2), "hidden.weight[0]": (6, 3)}
+    assert list(found.kept) == ["embed.weight[0]"]
+    assert "is mixed by layer_norm.default (module norm" in found.kept["embed.weight[0]"]
+    assert found.program.state["qkv.weight"].tensor.shape == (12, 8)
+    assert found.program.state["out.weight"].tensor.shape == (8, 4)
+    assert found.verify().ok
+
+
+def test_the_smallest_sums_go() -> None:
+    model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0)
+        model[0].weight.mul_(torch.tensor([[3.0], [1.0], [2.0], [1.0], [0.5]]))
+        model[2].weight[:, 4] = 3
+    found = gs.prune_units(model, torch.randn(2, 3), amount=0.6)
+    # 9 + 2, 3 + 2, 6 + 2, 3 + 2 and 1.5 + 6: the first and the third are the largest.
+    assert found.program.state["0.weight"].tensor[:, 0].tolist() == [3, 2]
+    assert found.program.state["0.bias"].tensor.shape == (2,)
+    counted = gs.prune_units(model, torch.randn(2, 3), amount=0.2)
+    assert counted.program.state["0.weight"].tensor[:, 0].tolist() == [3, 1, 2, 0.5], "of equals the first"
+
+
+@pytest.mark.parametrize("method", ["snip", "grasp", "synflow", "magnitude", "random"])
+def test_methods(method: Any) -> None:
+    model = net()
+    before = copy.deepcopy(model.state_dict())
+    found = gs.prune_units(model, X, method=method, data=(X, torch.arange(5) % 2), loss=F.cross_entropy)
+    assert found.axes == {"qkv.weight[0]": (4, 2), "hidden.weight[0]": (6, 3)}
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_all_axes_together() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 20), nn.ReLU(), nn.Linear(20, 2))
+    found = gs.prune_units(model, torch.randn(2, 3), amount=0.75, scope="global")
+    left = [after for _, after in found.axes.values()]
+    assert sum(left) + sum(n for n in (4, 20) if f"{0 if n == 4 else 2}.weight[0]" not in found.axes) == 6
+    with torch.no_grad():
+        model[0].weight.mul_(1e-6), model[2].weight.mul_(1e-3)
+    extreme = gs.prune_units(model, torch.randn(2, 3), amount=0.99, scope="global")
+    assert extreme.axes == {"0.weight[0]": (4, 1), "2.weight[0]": (20, 1)}, "one unit of each axis stays"
+    assert extreme.verify().ok
+
+
+def test_a_checkpoint_is_sliced_by_the_plan() -> None:
+    model = net()
+    found = gs.prune_units(model, X)
+    found.module.load_state_dict(found.plan.slice_state_dict(model.state_dict(), 0))
+    assert gs.PartitionPlan.from_json(found.plan.to_json()) == found.plan
+
+
+def test_users_own_class() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+    x = torch.randn(2, 1, 4, 4)
+    found = gs.prune_units(model, x, emit="module")
+    assert isinstance(found.module, nn.Sequential) and found.module[0].out_channels == 2
+    expected = gs.emit(found.program).eval()(x)
+    assert largest_difference([found.module.eval()(x)], [expected]) < 1e-6
+    with pytest.raises(PartitionError, match="needs the user's own module"):
+        gs.prune_units(gs.trace(model, x), emit="module")
+
+
+class Positive(nn.Module):
+    """Positive weights: what is masked is one there, and the sigmoid of a dropped unit is one half."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.log = nn.Linear(3, 8), nn.Parameter(torch.randn(8, 6))
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(torch.sigmoid(self.left(x)) @ self.log.exp()))
+
+
+def test_what_zeros_would_change_is_found_by_running_it() -> None:
+    torch.manual_seed(0)
+    found = gs.prune_units(Positive(), torch.randn(4, 3))
+    assert found.axes == {"log[1]": (6, 3)}
+    assert "would change what matmul.default" in found.kept["log[0]"]
+    assert found.verify().ok
+
+
+def test_pass_obeys_the_laws() -> None:
+    program = gs.trace(net(), X)
+    with program_unchanged(program):
+        result = PruneUnits().run(Programs((program,)))
+    assert result.modified and "embed.weight[0] is mixed by layer_norm" in result.reason
+    again = PruneUnits().run(Programs((program,))).programs.single()
+    assert str(result.programs.single()) == str(again)
+    check(again)
+
+
+def test_in_a_pipeline_on_submodels() -> None:
+    program = gs.trace(net(), X)
+    fused = gs.emit(Pipeline.parse("partition(k=2) | prune-units(amount=0.5) | fuse")(program).single())
+    assert fused(X).shape == (2, 5, 2)
+    assert (
+        str(Pipeline.parse("prune-units(method='random', seed=3)")) == "prune-units(method='random', seed=3)"
+    )
+
+
+def test_submodels_and_layer_groups() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    x = torch.randn(4, 3)
+    part = gs.partition(model, x, k=2)
+    found = gs.prune_units(part.submodels[0], x)
+    assert found.axes == {"0.weight[0]": (4, 2), "2.weight[0]": (4, 2)} and found.verify().ok
+    group = gs.layer_groups(model, x, at=["3"]).modules[0]
+    found = gs.prune_units(group, x)
+    assert found.axes == {"0.weight[0]": (8, 4)}, "what crosses the cut is an output of the group"
+
+
+@pytest.mark.parametrize("amount", [0, 1, -0.5, 2, float("nan"), True, None])
+def test_amount_out_of_range(amount: Any) -> None:
+    with pytest.raises(PartitionError, match="expected a number between 0 and 1"):
+        gs.prune_units(net(), X, amount=amount)
+
+
+def test_options_that_do_not_fit() -> None:
+    with pytest.raises(PartitionError, match=r"a share of 0\.01 is no unit of any axis"):
+        gs.prune_units(net(), X, amount=0.01)
+    with pytest.raises(PartitionError, match="scope is 'axis'"):
+        gs.prune_units(net(), X, scope="axis")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="snip scores by gradients of a loss"):
+        gs.prune_units(net(), X, method="snip")
+
+
+def test_command(tmp_path: Path) -> None:
+    file, out = tmp_path / "model.py", tmp_path / "out"
+    file.write_text(
+        "import torch\nfrom torch import nn\n"
+        "model = nn.Sequential(nn.Linear(5, 40), nn.ReLU(), nn.Linear(40, 3))\n"
+        "example_inputs = torch.randn(2, 5)\n"
+    )
+    done = run("prune-units", file, "--amount", 0.25, "-o", out, "--json")
+    assert done.exit_code == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["axes"] == [{"name": "0.weight[0]", "before": 40, "after": 30}]
+    assert report["certificate"]["ok"]
+    loaded = gs.load(out)
+    assert isinstance(loaded, Program) and loaded.state["0.weight"].tensor.shape == (30, 5)
+    done = run("prune-units", file, "-o", out, "--force", "--method", "snip")
+    assert done.exit_code == 3 and "defines no `data`" in done.stderr
+    done = run("prune-units", file, "-o", out, "--force")
+    assert done.exit_code == 0 and "0.weight[0]" in done.stdout
