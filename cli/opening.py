@@ -12,11 +12,13 @@ from torch import Tensor
 
 from graphsplit import exports
 from graphsplit._api import Partition, from_bundle, partition
+from graphsplit._ensemble import from_bundle as ensemble_of
 from graphsplit._layer_groups import LayerGroups
-from graphsplit.bundle import DepthBundle, PartitionBundle, Saved, load, program_of
+from graphsplit.bundle import DepthBundle, EnsembleBundle, PartitionBundle, Saved, load, program_of
 from graphsplit.cli.common import Start, Who
 from graphsplit.cli.console import Progress
 from graphsplit.drawing.division import Division
+from graphsplit.ensembles import Ensemble
 from graphsplit.errors import BundleError, PartitionError
 from graphsplit.loading import load_model
 from graphsplit.program import Program
@@ -192,6 +194,41 @@ class OpenedProgram:
         raise _no_partition(self.origin, "one program")
 
 
+@dataclass(frozen=True)
+class OpenedEnsemble:
+    """Models joined to one.
+
+    Attributes:
+        ensemble: The models.
+        origin: Where it came from.
+    """
+
+    ensemble: Ensemble
+    origin: str
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a report begins with."""
+        return {"origin": self.origin, "model": self.ensemble.program().name, "k": self.ensemble.k}
+
+    @property
+    def words(self) -> str:
+        """The same as text."""
+        return f"{self.facts['model']} from {self.origin}, an ensemble of {self.ensemble.k}"
+
+    def drawn(self) -> tuple[Program, Division | None]:
+        """What a figure shows."""
+        return self.ensemble.program(), None
+
+    def exports(self, folder: Path) -> exports.Exports:
+        """The one ONNX file."""
+        return exports.of_programs({"ensemble.onnx": self.ensemble.program()}, folder)
+
+    def verify(self) -> Certificate:
+        """That it is the weighted sum of its members."""
+        return self.ensemble.verify()
+
+
 def open_model(asked: Asked, progress: Progress, options: Options | None = None) -> Opened:
     """Load, trace and analyse a model."""
     options = options or Options()
@@ -215,7 +252,7 @@ def open_model(asked: Asked, progress: Progress, options: Options | None = None)
     return Opened(divided, asked.target, example=loaded.example)
 
 
-def open_any(asked: Asked, progress: Progress) -> Opened | OpenedDepth | OpenedProgram:
+def open_any(asked: Asked, progress: Progress) -> Opened | OpenedDepth | OpenedEnsemble | OpenedProgram:
     """The division of a bundle, by width or by depth, or of a model; or the one program of a bundle."""
     if not asked.is_bundle:
         return open_model(asked, progress)
@@ -224,6 +261,8 @@ def open_any(asked: Asked, progress: Progress) -> Opened | OpenedDepth | OpenedP
         return open_partition(asked, bundle, progress)
     if asked.k is not None:
         raise typer.BadParameter(f"-k is for partitions, and {asked.target} holds {_what(bundle)}")
+    if isinstance(bundle, EnsembleBundle):
+        return OpenedEnsemble(ensemble_of(bundle), asked.target)
     if not isinstance(bundle, DepthBundle):
         program = bundle if isinstance(bundle, Program) else program_of(bundle)
         return OpenedProgram(program, asked.target)
@@ -275,6 +314,8 @@ def _as_partition(path: str, bundle: Saved) -> PartitionBundle:
 
 
 def _what(bundle: Saved) -> str:
+    if isinstance(bundle, EnsembleBundle):
+        return "an ensemble"
     return "layer groups" if isinstance(bundle, DepthBundle) else "one program"
 
 

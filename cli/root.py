@@ -13,7 +13,19 @@ import typer
 from typer.core import TyperGroup
 
 import graphsplit
-from graphsplit.cli import console, depth, draw, export, fuse, inspect, merge, partition, run, verify
+from graphsplit.cli import (
+    console,
+    depth,
+    draw,
+    ensemble,
+    export,
+    fuse,
+    inspect,
+    merge,
+    partition,
+    run,
+    verify,
+)
 from graphsplit.errors import GraphsplitError
 
 INTERRUPTED = 130
@@ -95,6 +107,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "fuse": fuse.fuse,
     "critics": depth.critics,
     "sil": depth.sil,
+    "ensemble": ensemble.ensemble,
     "verify": verify.verify,
     "export": export.export,
     "draw": draw.draw,

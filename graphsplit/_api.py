@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from graphsplit import bundle, exports
+from graphsplit._ensemble import from_bundle as ensemble_of
 from graphsplit._fuse import FusedModule, fuse
 from graphsplit._layer_groups import LayerGroups
 from graphsplit._local_critics import LocalCritics
@@ -20,11 +21,12 @@ from graphsplit._synthetic_halves import SyntheticHalves
 from graphsplit.analysis import Analysis, analyse
 from graphsplit.analysis.analysis import check_k
 from graphsplit.analysis.dealing import Prescribed, Strategy, check_shares, dealer_of
-from graphsplit.bundle import DepthBundle, PartitionBundle
+from graphsplit.bundle import DepthBundle, EnsembleBundle, PartitionBundle
 from graphsplit.drawing import draw as figure_of
 from graphsplit.drawing import snippet
 from graphsplit.drawing.division import ByWidth, Division
 from graphsplit.emission import ProgramModule, emit
+from graphsplit.ensembles import Ensemble
 from graphsplit.errors import BundleError, PartitionError, PlanError
 from graphsplit.initialization import Init, initialise, refuse_nan
 from graphsplit.memory import parse_bytes, smallest_k
@@ -380,15 +382,15 @@ def _difference(wanted: PartitionPlan, found: PartitionPlan) -> str:
     return "state tensors or axes differ"
 
 
-Object = Partition | LayerGroups | LocalCritics | SyntheticHalves | Program | ProgramModule
+Object = Partition | LayerGroups | LocalCritics | SyntheticHalves | Ensemble | Program | ProgramModule
 
 
-def save(obj: Object | PartitionBundle | DepthBundle, path: str | Path) -> None:
+def save(obj: Object | PartitionBundle | DepthBundle | EnsembleBundle, path: str | Path) -> None:
     """Write a bundle, all of it or nothing; an older bundle in its place is replaced.
 
     Args:
         obj: What graphsplit made, with the weights that it has now: a partition, layer groups, local critics,
-            synthetic halves, a program or a module.
+            synthetic halves, an ensemble, a program or a module.
         path: The folder.
 
     Raises:
@@ -396,7 +398,7 @@ def save(obj: Object | PartitionBundle | DepthBundle, path: str | Path) -> None:
     """
     if isinstance(obj, Partition):
         obj = PartitionBundle(bundle.without_weights(obj.program), obj.plan, obj.current_programs())
-    elif isinstance(obj, (LayerGroups, LocalCritics, SyntheticHalves)):
+    elif isinstance(obj, (LayerGroups, LocalCritics, SyntheticHalves, Ensemble)):
         obj = obj.to_bundle()
     bundle.save(obj, path)
 
@@ -413,6 +415,8 @@ def load(path: str | Path) -> Object:
     found = bundle.load(path)
     if isinstance(found, DepthBundle):
         return from_bundle(found)
+    if isinstance(found, EnsembleBundle):
+        return ensemble_of(found)
     if not isinstance(found, PartitionBundle):
         return found
     divided = partition(found.source, plan=found.plan)
@@ -433,8 +437,8 @@ def draw(obj: Object, path: str | Path, *, depth: int | None = None) -> None:
     """Write a figure of a model, nested by module, with its parts in colours.
 
     Args:
-        obj: A partition, layer groups, local critics (which are drawn, too) or synthetic halves; a program or
-            module is drawn without parts.
+        obj: A partition, layer groups, local critics (which are drawn, too) or synthetic halves; an ensemble,
+            a program or module is drawn without parts.
         path: The file: ``.svg`` is a still picture, ``.html`` opens and closes modules, and can be searched.
         depth: How many levels of modules are open (at the start); as many as can be read unless given.
 
@@ -443,8 +447,7 @@ def draw(obj: Object, path: str | Path, *, depth: int | None = None) -> None:
         BundleError: The file cannot be written.
     """
     path = Path(path)
-    if isinstance(obj, ProgramModule):
-        obj = bundle.program_of(obj)
+    obj = _as_program(obj)
     program, division = (obj, None) if isinstance(obj, Program) else obj.drawn()
     text = figure_of(program, division, path, depth)
     try:
@@ -457,10 +460,11 @@ def export_onnx(obj: Object, path: str | Path) -> dict[str, OnnxReport]:
     """Write ONNX, checked by onnx.checker and run in ONNX Runtime against torch at two batch sizes.
 
     Args:
-        obj: A program or module: one file. A partition: a folder with ``submodel_0.onnx`` to ``merged.onnx``,
-            and ``ensemble.onnx``, in which every sub-model is a function and the mean of all is given. Layer
-            groups: a folder with ``group_0.onnx`` and so on; local critics: ``submodel_0.onnx`` and so on
-            beside them, and ``anytime.onnx``, which leaves early at the confidence that is its last input.
+        obj: A program, module or ensemble: one file. A partition: a folder with ``submodel_0.onnx`` to
+            ``merged.onnx``, and ``ensemble.onnx``, in which every sub-model is a function and the mean of all
+            is given. Layer groups: a folder with ``group_0.onnx`` and so on; local critics:
+            ``submodel_0.onnx`` and so on beside them, and ``anytime.onnx``, which leaves early at the
+            confidence that is its last input.
         path: The file, or the folder.
 
     Returns:
@@ -471,8 +475,7 @@ def export_onnx(obj: Object, path: str | Path) -> dict[str, OnnxReport]:
         VerificationError: ONNX Runtime gives other values.
     """
     path = Path(path)
-    if isinstance(obj, ProgramModule):
-        obj = bundle.program_of(obj)
+    obj = _as_program(obj)
     if isinstance(obj, Program):
         found = exports.of_programs({path.name: obj}, path.parent)
     else:
@@ -482,3 +485,10 @@ def export_onnx(obj: Object, path: str | Path) -> dict[str, OnnxReport]:
         else:
             found = exports.of_depth(obj, path)
     return {name: write() for name, write in found.items()}
+
+
+def _as_program(obj: Object) -> Partition | exports.Depth | Program:
+    """Modules and ensembles as the program that they run."""
+    if isinstance(obj, ProgramModule):
+        return bundle.program_of(obj)
+    return obj.program() if isinstance(obj, Ensemble) else obj

@@ -18,6 +18,7 @@ LINKS = {"passes": "../passes", "cli": "../cli"}
 PUBLIC_FACE = {
     Path("graphsplit/__init__.py"),
     Path("graphsplit/_api.py"),
+    Path("graphsplit/_ensemble.py"),
     Path("graphsplit/_fuse.py"),
     Path("graphsplit/_layer_groups.py"),
     Path("graphsplit/_local_critics.py"),
