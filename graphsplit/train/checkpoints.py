@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from graphsplit.errors import UserError
+from graphsplit.errors import UserError, first_line
 
 
 class Checkpoints:
@@ -74,10 +75,10 @@ class Checkpoints:
         path = self._path(part, moment)
         try:
             yield torch.load(path, map_location=device, weights_only=True)
-        except (RuntimeError, KeyError, ValueError, EOFError, OSError) as error:
+        except (RuntimeError, KeyError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
             raise UserError(
-                f"{path} is no checkpoint of this training: {error}",
-                hint="give the same model, cuts, critics and recipe, or another folder",
+                f"{path} is no checkpoint of this training: {first_line(error)}",
+                hint="give the same model and settings, or another folder",
             ) from None
 
 
