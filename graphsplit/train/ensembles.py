@@ -619,16 +619,15 @@ def _check_alike(workers: Together) -> None:
         for replica in workers.mine
     }
     first, *others = workers.gather(own)
+    none: tuple[str, list[int]] = ("nothing", [])
     for worker, tensors in enumerate(others, start=1):
-        if tensors != first:
-            (name, shape), (wanted, size) = next(
-                (a, b) for a, b in zip_longest(tensors, first, fillvalue=("nothing", [])) if a != b
-            )
-            raise UserError(
-                f"the replica of worker {worker} has {name} of shape {shape}, and that of worker 0 "
-                f"{wanted} of {size}",
-                hint="all replicas are of one architecture; gs.ensemble takes different ones",
-            )
+        for (name, shape), (wanted, size) in zip_longest(tensors, first, fillvalue=none):
+            if (name, shape) != (wanted, size):
+                raise UserError(
+                    f"the replica of worker {worker} has {name} of shape {shape}, and that of worker 0 "
+                    f"{wanted} of {size}",
+                    hint="all replicas are of one architecture; gs.ensemble takes different ones",
+                )
 
 
 def _put_mean(team: Sequence[nn.Module], into: nn.Module) -> None:
