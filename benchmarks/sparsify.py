@@ -34,10 +34,11 @@ Written by `python benchmarks/sparsify.py`, {date}: torch {torch}, Python {pytho
 {seconds:.0f} s.
 
 The digits of scikit-learn (1,437 to train on, 360 to test), 64-300-100-10 with ReLU and Glorot's normal
-weights, {seeds} seeds, {epochs} epochs of SGD with momentum 0.9 and weight decay {decay} in batches of {batch},
-learning rate {rate} falling linearly to zero. SNIP and GraSP see all training images as a batch, in train
-mode; SynFlow takes 100 rounds; all rank all weights together. Test error in percent, mean and standard deviation over the seeds; in brackets the largest number of
-layers, in any seed, of which nothing was left.
+weights, {seeds} seeds, {epochs} epochs of SGD with momentum 0.9 and weight decay {decay} in batches
+of {batch}, learning rate {rate} falling linearly to zero. SNIP and GraSP see all training images as a
+batch, in train mode; SynFlow takes 100 rounds; all rank all weights together. Test error in percent, mean and
+standard deviation over the seeds; in brackets the largest number of layers, in any seed, of which nothing was
+left.
 
 | | {heads} |
 | --- | {lines} |

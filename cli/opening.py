@@ -12,14 +12,25 @@ from torch import Tensor
 
 from graphsplit import exports
 from graphsplit._api import Partition, from_bundle, partition
+from graphsplit._ensemble import from_bundle as ensemble_of
 from graphsplit._fuse import FusedModule
 from graphsplit._layer_groups import LayerGroups
 from graphsplit._sparsify import Masks
-from graphsplit.bundle import DepthBundle, FusedBundle, MaskBundle, PartitionBundle, Saved, load, program_of
+from graphsplit.bundle import (
+    DepthBundle,
+    EnsembleBundle,
+    FusedBundle,
+    MaskBundle,
+    PartitionBundle,
+    Saved,
+    load,
+    program_of,
+)
 from graphsplit.cli.common import Start, Who
 from graphsplit.cli.console import Progress
 from graphsplit.drawing.division import Division
 from graphsplit.emission import ProgramModule
+from graphsplit.ensembles import Ensemble
 from graphsplit.errors import BundleError, PartitionError
 from graphsplit.loading import load_model
 from graphsplit.program import Program
@@ -220,6 +231,41 @@ class OpenedFused(OpenedProgram):
         return FusedModule.from_bundle(self.found).verify()
 
 
+@dataclass(frozen=True)
+class OpenedEnsemble:
+    """Models joined to one.
+
+    Attributes:
+        ensemble: The models.
+        origin: Where it came from.
+    """
+
+    ensemble: Ensemble
+    origin: str
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a report begins with."""
+        return {"origin": self.origin, "model": self.ensemble.program().name, "k": self.ensemble.k}
+
+    @property
+    def words(self) -> str:
+        """The same as text."""
+        return f"{self.facts['model']} from {self.origin}, an ensemble of {self.ensemble.k}"
+
+    def drawn(self) -> tuple[Program, Division | None]:
+        """What a figure shows."""
+        return self.ensemble.program(), None
+
+    def exports(self, folder: Path) -> exports.Exports:
+        """The one ONNX file."""
+        return exports.of_programs({"ensemble.onnx": self.ensemble.program()}, folder)
+
+    def verify(self) -> Certificate:
+        """That it is the weighted sum of its members."""
+        return self.ensemble.verify()
+
+
 def open_model(asked: Asked, progress: Progress, options: Options | None = None) -> Opened:
     """Load, trace and analyse a model."""
     options = options or Options()
@@ -243,7 +289,7 @@ def open_model(asked: Asked, progress: Progress, options: Options | None = None)
     return Opened(divided, asked.target, example=loaded.example)
 
 
-def open_any(asked: Asked, progress: Progress) -> Opened | OpenedDepth | OpenedProgram:
+def open_any(asked: Asked, progress: Progress) -> Opened | OpenedDepth | OpenedEnsemble | OpenedProgram:
     """The division of a bundle, by width or by depth, or of a model; or the one program of a bundle."""
     if not asked.is_bundle:
         return open_model(asked, progress)
@@ -254,6 +300,8 @@ def open_any(asked: Asked, progress: Progress) -> Opened | OpenedDepth | OpenedP
         raise typer.BadParameter(f"-k is for partitions, and {asked.target} holds {_what(bundle)}")
     if isinstance(bundle, FusedBundle):
         return OpenedFused(bundle.program, asked.target, bundle)
+    if isinstance(bundle, EnsembleBundle):
+        return OpenedEnsemble(ensemble_of(bundle), asked.target)
     if not isinstance(bundle, DepthBundle):
         return OpenedProgram(_program_of(bundle), asked.target)
     with progress.step("open"):
@@ -311,6 +359,8 @@ def _as_partition(path: str, bundle: Saved) -> PartitionBundle:
 
 
 def _what(bundle: Saved) -> str:
+    if isinstance(bundle, EnsembleBundle):
+        return "an ensemble"
     if isinstance(bundle, DepthBundle):
         return "layer groups"
     return "a fused module" if isinstance(bundle, FusedBundle) else "one program"

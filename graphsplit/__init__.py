@@ -2,6 +2,7 @@
 
 from graphsplit import data, errors, train
 from graphsplit._api import Partition, draw, export_onnx, load, partition, save
+from graphsplit._ensemble import ensemble
 from graphsplit._fuse import FusedModule, fuse
 from graphsplit._layer_groups import LayerGroups, layer_groups
 from graphsplit._local_critics import LocalCritics, local_critics
@@ -9,6 +10,7 @@ from graphsplit._prune_units import PrunedUnits, prune_units
 from graphsplit._sparsify import Masks, sparsify
 from graphsplit._synthetic_halves import SyntheticHalves, synthetic_halves
 from graphsplit.emission import ProgramModule, emit
+from graphsplit.ensembles import Ensemble
 from graphsplit.loading import load_model
 from graphsplit.plan import PartitionPlan
 from graphsplit.program import Program
@@ -19,6 +21,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Certificate",
+    "Ensemble",
     "FusedModule",
     "LayerGroups",
     "LocalCritics",
@@ -32,6 +35,7 @@ __all__ = [
     "data",
     "draw",
     "emit",
+    "ensemble",
     "errors",
     "export_onnx",
     "fuse",

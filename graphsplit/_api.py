@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from graphsplit import bundle, exports
+from graphsplit._ensemble import from_bundle as ensemble_of
 from graphsplit._fuse import FusedModule, fuse
 from graphsplit._layer_groups import LayerGroups
 from graphsplit._local_critics import LocalCritics
@@ -21,11 +22,12 @@ from graphsplit._synthetic_halves import SyntheticHalves
 from graphsplit.analysis import Analysis, analyse
 from graphsplit.analysis.analysis import check_k
 from graphsplit.analysis.dealing import Prescribed, Strategy, check_shares, dealer_of
-from graphsplit.bundle import DepthBundle, FusedBundle, MaskBundle, PartitionBundle
+from graphsplit.bundle import DepthBundle, EnsembleBundle, FusedBundle, MaskBundle, PartitionBundle
 from graphsplit.drawing import draw as figure_of
 from graphsplit.drawing import snippet
 from graphsplit.drawing.division import ByWidth, Division
 from graphsplit.emission import ProgramModule, emit
+from graphsplit.ensembles import Ensemble
 from graphsplit.errors import BundleError, PartitionError, PlanError
 from graphsplit.initialization import Init, initialise, refuse_nan
 from graphsplit.memory import parse_bytes, smallest_k
@@ -389,16 +391,18 @@ def _difference(wanted: PartitionPlan, found: PartitionPlan) -> str:
 
 
 Object = (
-    Partition | LayerGroups | LocalCritics | SyntheticHalves | FusedModule | Masks | Program | ProgramModule
-)
+    Partition | LayerGroups | LocalCritics | SyntheticHalves | FusedModule | Ensemble | Masks | Program
+    | ProgramModule
+)  # fmt: skip
+Bundle = PartitionBundle | DepthBundle | FusedBundle | EnsembleBundle | MaskBundle
 
 
-def save(obj: Object | PartitionBundle | DepthBundle | FusedBundle | MaskBundle, path: str | Path) -> None:
+def save(obj: Object | Bundle, path: str | Path) -> None:
     """Write a bundle, all of it or nothing; an older bundle in its place is replaced.
 
     Args:
         obj: What graphsplit made, with the weights that it has now: a partition, layer groups, local critics,
-            synthetic halves, a fused module, masks, a program or a module.
+            synthetic halves, a fused module, an ensemble, masks, a program or a module.
         path: The folder.
 
     Raises:
@@ -406,7 +410,7 @@ def save(obj: Object | PartitionBundle | DepthBundle | FusedBundle | MaskBundle,
     """
     if isinstance(obj, Partition):
         obj = PartitionBundle(bundle.without_weights(obj.program), obj.plan, obj.current_programs())
-    elif isinstance(obj, (LayerGroups, LocalCritics, SyntheticHalves, FusedModule, Masks)):
+    elif isinstance(obj, (LayerGroups, LocalCritics, SyntheticHalves, FusedModule, Ensemble, Masks)):
         obj = obj.to_bundle()
     bundle.save(obj, path)
 
@@ -427,6 +431,8 @@ def load(path: str | Path) -> Object:
         return FusedModule.from_bundle(found)
     if isinstance(found, MaskBundle):
         return Masks.from_bundle(found)
+    if isinstance(found, EnsembleBundle):
+        return ensemble_of(found)
     if not isinstance(found, PartitionBundle):
         return found
     divided = partition(found.source, plan=found.plan)
@@ -447,8 +453,8 @@ def draw(obj: Object, path: str | Path, *, depth: int | None = None) -> None:
     """Write a figure of a model, nested by module, with its parts in colours.
 
     Args:
-        obj: A partition, layer groups, local critics (which are drawn, too) or synthetic halves; a program or
-            module is drawn without parts.
+        obj: A partition, layer groups, local critics (which are drawn, too) or synthetic halves; an ensemble,
+            a program or module is drawn without parts.
         path: The file: ``.svg`` is a still picture, ``.html`` opens and closes modules, and can be searched.
         depth: How many levels of modules are open (at the start); as many as can be read unless given.
 
@@ -457,10 +463,7 @@ def draw(obj: Object, path: str | Path, *, depth: int | None = None) -> None:
         BundleError: The file cannot be written.
     """
     path = Path(path)
-    if isinstance(obj, ProgramModule):
-        obj = bundle.program_of(obj)
-    if isinstance(obj, Masks):
-        obj = obj.folded_program()
+    obj = _as_program(obj)
     program, division = (obj, None) if isinstance(obj, Program) else obj.drawn()
     text = figure_of(program, division, path, depth)
     try:
@@ -473,8 +476,8 @@ def export_onnx(obj: Object, path: str | Path) -> dict[str, OnnxReport]:
     """Write ONNX, checked by onnx.checker and run in ONNX Runtime against torch at two batch sizes.
 
     Args:
-        obj: A program, a module or masks (zeros in the weights): one file. A partition: a folder with
-            ``submodel_0.onnx`` to ``merged.onnx``, and ``ensemble.onnx``, in which every sub-model is a
+        obj: A program, a module, an ensemble or masks (zeros in the weights): one file. A partition: a folder
+            with ``submodel_0.onnx`` to ``merged.onnx``, and ``ensemble.onnx``, in which every sub-model is a
             function and the mean of all is given. Layer groups: a folder with ``group_0.onnx`` and so on;
             local critics: ``submodel_0.onnx`` and so on beside them, and ``anytime.onnx``, which leaves early
             at the confidence that is its last input.
@@ -488,10 +491,7 @@ def export_onnx(obj: Object, path: str | Path) -> dict[str, OnnxReport]:
         VerificationError: ONNX Runtime gives other values.
     """
     path = Path(path)
-    if isinstance(obj, ProgramModule):
-        obj = bundle.program_of(obj)
-    if isinstance(obj, Masks):
-        obj = obj.folded_program()
+    obj = _as_program(obj)
     if isinstance(obj, Program):
         found = exports.of_programs({path.name: obj}, path.parent)
     else:
@@ -501,3 +501,12 @@ def export_onnx(obj: Object, path: str | Path) -> dict[str, OnnxReport]:
         else:
             found = exports.of_depth(obj, path)
     return {name: write() for name, write in found.items()}
+
+
+def _as_program(obj: Object) -> Partition | exports.Depth | Program:
+    """Modules, ensembles and masked models as the program that they run."""
+    if isinstance(obj, ProgramModule):
+        return bundle.program_of(obj)
+    if isinstance(obj, Masks):
+        return obj.folded_program()
+    return obj.program() if isinstance(obj, Ensemble) else obj

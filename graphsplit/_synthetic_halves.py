@@ -22,8 +22,8 @@ from graphsplit.graphs import base_name
 from graphsplit.memory import Optimizer, training_memory
 from graphsplit.program import Program, TensorMeta
 from graphsplit.train.history import Epoch
+from graphsplit.train.learner import OptimizerFactory, adam
 from graphsplit.train.loop import Batches, Metric, evaluate, fit
-from graphsplit.train.stage import OptimizerFactory, adam
 from graphsplit.train.synthetic import Labels, Relabelled, draw_points
 
 NONNEGATIVE = {"relu", "relu6", "sigmoid", "softplus", "softmax", "square", "abs", "exp"}

@@ -1,10 +1,11 @@
-"""`save` and `load`: programs, modules, partitions and layer groups as a folder of JSON and safetensors.
+"""`save` and `load`: what graphsplit makes as a folder of JSON and safetensors.
 
 Layout::
 
     manifest.json            format, tools, what is where, certificate, size and sha256 of every file
     plan.json                the partition plan, or the depth plan
-    source.graph.json        a program without its tensors (also program.*, submodel_0.*, group_0.*, merged.*)
+    source.graph.json        a program without its tensors (also program.*, submodel_0.*, group_0.*,
+                             member_0.*, merged.*)
     source.safetensors       its tensors by name; none where all are on the meta device
     masks.safetensors        masks on weights, and scores.safetensors by which they were chosen
     anything.onnx            further files, as they were given
@@ -46,7 +47,7 @@ FORMAT = "graphsplit-bundle"
 VERSION = 1
 MANIFEST = "manifest.json"
 
-Kind = Literal["program", "module", "partition", "layer-groups", "fused", "masks"]
+Kind = Literal["program", "module", "partition", "layer-groups", "fused", "ensemble", "masks"]
 
 Plan = TypeVar("Plan", PartitionPlan, DepthPlan)
 
@@ -142,7 +143,26 @@ class MaskBundle:
     options: dict[str, Any]
 
 
-Saved = Program | ProgramModule | PartitionBundle | DepthBundle | FusedBundle | MaskBundle
+@dataclass(frozen=True)
+class EnsembleBundle:
+    """All that belongs to an ensemble.
+
+    Attributes:
+        members: The models in order.
+        weights: One for each.
+        options: Plain JSON data beside them: where the weights come from, and what is averaged.
+        certificate: Numbers that prove the rewrite, as plain JSON data.
+        files: Further files by name (ONNX): their content, or where it is. After `load`: where they are.
+    """
+
+    members: tuple[Program, ...]
+    weights: tuple[float, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+    certificate: dict[str, Any] | None = None
+    files: Mapping[str, bytes | Path] = field(default_factory=dict)
+
+
+Saved = Program | ProgramModule | PartitionBundle | DepthBundle | FusedBundle | EnsembleBundle | MaskBundle
 
 
 def save(obj: Saved, path: str | Path, *, overwrite: bool = True) -> None:
@@ -246,6 +266,8 @@ def _content(obj: Saved) -> _Content:
         content.tensors["masks.safetensors"] = dict(obj.masks)
         content.tensors["scores.safetensors"] = dict(obj.scores)
         return content
+    if isinstance(obj, EnsembleBundle):
+        return _ensemble_content(obj)
     if isinstance(obj, ProgramModule):
         content = _Content("module", obj.program_name, {"training": obj.training})
         content.index["program"] = content.add("program", program_of(obj))
@@ -256,7 +278,7 @@ def _content(obj: Saved) -> _Content:
         return content
     raise BundleError(
         f"a {type(obj).__name__} cannot be saved as a bundle",
-        hint="give a program, a module that graphsplit made, a partition or layer groups",
+        hint="give a program, a module that graphsplit made, a partition, layer groups or an ensemble",
     )
 
 
@@ -301,6 +323,19 @@ def _fused_content(obj: FusedBundle) -> _Content:
     content.index["looped"] = dict(sorted(obj.looped.items()))
     content.index["training"] = obj.training
     _add_rest(content, obj.certificate, {})
+    return content
+
+
+def _ensemble_content(obj: EnsembleBundle) -> _Content:
+    if len(obj.weights) != len(obj.members) or not obj.members:
+        raise BundleError(f"{len(obj.weights)} weights for {len(obj.members)} models")
+    content = _Content("ensemble", obj.members[0].name, {})
+    content.index["members"] = [
+        content.add(f"member_{number}", program) for number, program in enumerate(obj.members)
+    ]
+    content.index["weights"] = list(obj.weights)
+    content.index["options"] = encode(obj.options, "the options")
+    _add_rest(content, obj.certificate, obj.files)
     return content
 
 
@@ -631,6 +666,8 @@ class _Reader:
             return self._fused()
         if kind == "masks":
             return self._masks()
+        if kind == "ensemble":
+            return self._ensemble()
         if kind not in ("program", "module"):
             raise BundleError(f"{self.folder / MANIFEST} is of the kind {kind!r}, which is not known")
         program = self._program(self.manifest["program"])
@@ -710,6 +747,19 @@ class _Reader:
             plan=parsed,
             submodels=tuple(map(self._program, manifest["submodels"])),
             merged=None if manifest["merged"] is None else self._program(manifest["merged"]),
+            certificate=decode(manifest["certificate"]),
+            files={name: self._path(name).absolute() for name in manifest["extra"]},
+        )
+
+    def _ensemble(self) -> EnsembleBundle:
+        manifest = self.manifest
+        weights = tuple(float(weight) for weight in manifest["weights"])
+        if len(weights) != len(manifest["members"]):
+            raise ValueError(f"{len(weights)} weights for {len(manifest['members'])} models")
+        return EnsembleBundle(
+            members=tuple(map(self._program, manifest["members"])),
+            weights=weights,
+            options=decode(manifest["options"]),
             certificate=decode(manifest["certificate"]),
             files={name: self._path(name).absolute() for name in manifest["extra"]},
         )

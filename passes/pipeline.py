@@ -18,6 +18,7 @@ from typing import Any
 from graphsplit.errors import GraphsplitError, InternalError, UserError
 from graphsplit.passes.base import Pass, PassResult, Programs
 from graphsplit.passes.dead_code_elimination import DeadCodeElimination
+from graphsplit.passes.ensemble import Ensemble
 from graphsplit.passes.fuse import Fuse
 from graphsplit.passes.layer_groups import LayerGroups, Recompose
 from graphsplit.passes.merge import Merge
@@ -29,7 +30,8 @@ from graphsplit.passes.widen import Widen
 from graphsplit.program import Program, check
 
 PASSES: tuple[type[Pass], ...] = (
-    Partition, Merge, Fuse, Widen, LayerGroups, Recompose, Sparsify, PruneUnits, Unstack, DeadCodeElimination,
+    Partition, Merge, Fuse, Ensemble, Widen, LayerGroups, Recompose, Sparsify, PruneUnits, Unstack,
+    DeadCodeElimination,
 )  # fmt: skip
 """Every pass that can be named in a pipeline's text."""
 

@@ -762,6 +762,19 @@ OPTIONS = {
         *("-o/--out", "--method", "--amount", "--scope", "--mode", "--seed", "--entry", "--input"),
         *("--keep-output", "--no-verify", "--force", "--json", "-v/--verbose"),
     ],
+    "ensemble": [
+        *(
+            "-o/--out",
+            "--weights",
+            "--average",
+            "--entry",
+            "--input",
+            "--keep-output",
+            "--no-verify",
+            "--onnx",
+        ),
+        *("--force", "--json", "-v/--verbose"),
+    ],
     "verify": ["-k", "--entry", "--input", "--keep-output", "--json", "-v/--verbose"],
     "export": ["-o/--out", "-k", "--entry", "--input", "--keep-output", "--force", "--json", "-v/--verbose"],
     "draw": [

@@ -1,16 +1,19 @@
-"""Pre-training by partition: sub-models apart, merged with their optimizer states, then the whole model.
+"""Training apart: sub-models to merge, layer groups with critics, replicas whose ensemble is compressed.
 
 Miranda & Von Zuben, "Reducing the Training Time of Neural Networks by Partitioning", arXiv 1511.02954.
 """
 
 from graphsplit.train.admm import ADMM, ADMMStep
 from graphsplit.train.descent import SufficientDescent
+from graphsplit.train.ensembles import EnsembleCompression, EnsembleTrained, Round
 from graphsplit.train.history import Epoch, History
 from graphsplit.train.local import LocalEpoch, LocalLosses
+from graphsplit.train.logs import CSVLog, TensorBoardLog
 from graphsplit.train.loop import Batches, evaluate, fit, misclassified
 from graphsplit.train.methods import JointLosses, SyntheticGradients
 from graphsplit.train.per_model import PerModelAdamW, PerModelSGD
 from graphsplit.train.schedule import PartitionSchedule, Trained
+from graphsplit.train.sharding import ShardSampler
 from graphsplit.train.stage import Recipe
 from graphsplit.train.synthetic import Labels
 
@@ -18,6 +21,9 @@ __all__ = [
     "ADMM",
     "ADMMStep",
     "Batches",
+    "CSVLog",
+    "EnsembleCompression",
+    "EnsembleTrained",
     "Epoch",
     "History",
     "JointLosses",
@@ -28,8 +34,11 @@ __all__ = [
     "PerModelAdamW",
     "PerModelSGD",
     "Recipe",
+    "Round",
+    "ShardSampler",
     "SufficientDescent",
     "SyntheticGradients",
+    "TensorBoardLog",
     "Trained",
     "evaluate",
     "fit",

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +16,8 @@ from torch import Tensor
 
 from graphsplit.errors import UserError
 from graphsplit.program import TensorMeta
+from graphsplit.train.checkpoints import Checkpoints
+from graphsplit.train.learner import Learner
 from graphsplit.train.local_processes import Chain
 from graphsplit.train.loop import (
     Batches,
@@ -31,7 +31,7 @@ from graphsplit.train.loop import (
 from graphsplit.train.losses import PerSample, checked
 from graphsplit.train.methods import LocalCriticTraining, Method, method_of
 from graphsplit.train.processes import process_group
-from graphsplit.train.stage import Learner, Recipe, Stage, diverged
+from graphsplit.train.stage import Recipe, Stage, diverged
 
 
 @dataclass(frozen=True)
@@ -218,8 +218,8 @@ class LocalTraining:
         watch = Watch()
         records = []
         with self._runner(parallel, queue) as runner:
-            store = None if checkpoint is None else Checkpoints(checkpoint, runner)
-            start = 0 if store is None else self._resume(store)
+            store = None if checkpoint is None else _store(checkpoint, runner)
+            start = 0 if store is None else self._resume(store, runner.mine)
             for number in range(start, epochs):
                 with torch.random.fork_rng():
                     seed_epoch(self._seed, None, number, data)
@@ -229,7 +229,8 @@ class LocalTraining:
                     losses, errors = self.evaluate(test, error, runner)
                     record = replace(record, test_losses=losses, test_errors=errors)
                 if store is not None:
-                    store.save(number, self.steps)
+                    for stage in runner.mine:
+                        store.save(number, stage.number, {"steps": self.steps, "learners": _state(stage)})
                 records.append(record)
                 if on_epoch is not None and runner.mine[0].number == 0:
                     on_epoch(record)
@@ -328,13 +329,20 @@ class LocalTraining:
         for stage, own in zip(self.stages, state["stages"], strict=True):
             _load(stage, own)
 
-    def _resume(self, store: Checkpoints) -> int:
+    def _resume(self, store: Checkpoints, mine: Sequence[Stage]) -> int:
         """Load the newest epoch that every stage has; the number of the epoch to go on with."""
         found = store.newest()
         if found is None:
             return 0
-        self.steps = store.load(found)
+        for stage in mine:
+            with store.loading(found, stage.number, stage.device) as state:
+                self.steps = int(state["steps"])
+                _load(stage, state["learners"])
         return found + 1
+
+
+def _store(folder: Path, runner: InTurn | Chain) -> Checkpoints:
+    return Checkpoints(folder, "stage", "epoch", [stage.number for stage in runner.mine], runner.gather)
 
 
 def _learners(stages: Sequence[Stage]) -> list[Learner]:
@@ -348,55 +356,3 @@ def _state(stage: Stage) -> list[dict[str, Any]]:
 def _load(stage: Stage, state: Sequence[dict[str, Any]]) -> None:
     for learner, own in zip(stage.learners, state, strict=True):
         learner.load_state_dict(own)
-
-
-class Checkpoints:
-    """A folder with a file for each stage and epoch, the last two epochs of each.
-
-    Files are written beside their place and renamed into it, so that a run that is killed leaves whole ones.
-    """
-
-    def __init__(self, folder: Path, runner: InTurn | Chain) -> None:
-        self.folder = folder
-        self._runner = runner
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def _path(self, stage: Stage, epoch: int) -> Path:
-        return self.folder / f"stage_{stage.number}.epoch_{epoch}.pt"
-
-    def save(self, epoch: int, steps: int) -> None:
-        """Write the stages that are here."""
-        for stage in self._runner.mine:
-            path = self._path(stage, epoch)
-            beside = path.with_suffix(".new")
-            torch.save({"steps": steps, "learners": _state(stage)}, beside)
-            os.replace(beside, path)
-            self._path(stage, epoch - 2).unlink(missing_ok=True)
-
-    def newest(self) -> int | None:
-        """The newest epoch that every stage has, in every process."""
-        here = set.intersection(*map(self._epochs, self._runner.mine))
-        return max(set.intersection(*self._runner.gather(here)), default=None)
-
-    def _epochs(self, stage: Stage) -> set[int]:
-        names = [path.name for path in self.folder.glob(f"stage_{stage.number}.epoch_*.pt")]
-        return {int(found[1]) for found in map(_EPOCH.search, names) if found}
-
-    def load(self, epoch: int) -> int:
-        """Read the stages that are here; returns the number of steps."""
-        steps = 0
-        for stage in self._runner.mine:
-            path = self._path(stage, epoch)
-            try:
-                state = torch.load(path, map_location=stage.device, weights_only=True)
-                steps = int(state["steps"])
-                _load(stage, state["learners"])
-            except (RuntimeError, KeyError, ValueError, EOFError, OSError) as error:
-                raise UserError(
-                    f"{path} is no checkpoint of this training: {error}",
-                    hint="give the same model, cuts, critics and recipe, or another folder",
-                ) from None
-        return steps
-
-
-_EPOCH = re.compile(r"epoch_(\d+)\.pt$")

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from graphsplit.errors import UserError, first_line
-from graphsplit.train.processes import cpu_group
+from graphsplit.errors import UserError
+from graphsplit.train.processes import cpu_group, naming_the_lost
 from graphsplit.train.stage import Stage
 
 
@@ -163,15 +163,6 @@ class Chain:
         while self._sent:
             self._sent.popleft()[1].wait()
 
-    @contextmanager
-    def _naming(self) -> Iterator[None]:
+    def _naming(self) -> AbstractContextManager[None]:
         """Say who is gone when a neighbour is."""
-        try:
-            yield
-        except (RuntimeError, dist.DistError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            raise UserError(
-                f"group {self._stage.number} lost another process: {first_line(error)}",
-                hint="see the output of the others; start again with checkpoint= to go on where it stopped",
-            ) from error
+        return naming_the_lost(f"group {self._stage.number}")

@@ -114,11 +114,16 @@ def run_epochs(
 
 def seed_epoch(seed: int, part: int | None, number: int, data: Batches) -> None:
     """Make order and dropout of an epoch depend on nothing but the seed, the sub-model and the number."""
-    place = 0 if part is None else part + 1
-    value = (seed * 1_000_003 + place) * 1_000_003 + number
+    value = mixed_seed(seed, part, number)
     torch.manual_seed(value)
     if isinstance(data, DataLoader) and data.generator is not None:
         data.generator.manual_seed(value)
+
+
+def mixed_seed(seed: int, part: int | None, number: int) -> int:
+    """One number of a seed, a sub-model (None: the full model) and a number."""
+    place = 0 if part is None else part + 1
+    return ((seed * 1_000_003 + place) * 1_000_003 + number) % (1 << 63)
 
 
 def _epoch(
@@ -138,7 +143,7 @@ def _epoch(
     for batch in data:
         inputs, targets, size = read_batch(settings.device, batch)
         optimizer.zero_grad()
-        outputs = _call(model, inputs)
+        outputs = call(model, inputs)
         loss = settings.loss(outputs, targets)
         loss.backward()
         optimizer.step()
@@ -196,7 +201,7 @@ def evaluate(
     with evaluating(model), torch.no_grad():
         for batch in data:
             inputs, targets, size = read_batch(settings.device, batch)
-            outputs = _call(model, inputs)
+            outputs = call(model, inputs)
             sums += size * _metrics(settings, loss(outputs, targets), outputs, targets)
             examples += size
     if not examples:
@@ -255,6 +260,7 @@ def read_batch(device: torch.device, batch: Sequence[Any]) -> tuple[Any, Any, in
     return moved[0], moved[1], tensors[0].shape[0]
 
 
-def _call(model: nn.Module, inputs: Tensor | Sequence[Any] | Mapping[str, Any]) -> Any:
+def call(model: nn.Module, inputs: Tensor | Sequence[Any] | Mapping[str, Any]) -> Any:
+    """What a model gives for the inputs of a batch."""
     args, kwargs = as_call(inputs, None)
     return model(*args, **kwargs)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from graphsplit.errors import UserError, first_line
@@ -44,6 +46,68 @@ def process_group() -> Iterator[tuple[int, int]]:
         yield dist.get_rank(), dist.get_world_size()
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def naming_the_lost(who: str) -> Iterator[None]:
+    """Turn what torch.distributed raises when another process is gone into one sentence.
+
+    Args:
+        who: What this process has.
+    """
+    try:
+        yield
+    except (RuntimeError, dist.DistError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise UserError(
+            f"{who} lost another process: {first_line(error)}",
+            hint="see the output of the others; start again with checkpoint= to go on where it stopped",
+        ) from error
+
+
+class Watch:
+    """Notices that another process is gone, also between two collectives.
+
+    Each process waits, in a thread of its own, for a last word of the one before it, which a process that is
+    lost never says: its connections close at once. Those behind it follow, as each that notices stops.
+
+    Args:
+        who: What this process has.
+    """
+
+    def __init__(self, who: str) -> None:
+        self._who = who
+        self._rank, self._world = dist.get_rank(), dist.get_world_size()
+        self._lost: Exception | None = None
+        self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+        if self._world > 1:
+            self._thread.start()
+
+    def _listen(self) -> None:
+        try:
+            dist.recv(torch.zeros(1), (self._rank - 1) % self._world, group=self._group)
+        except Exception as error:  # told by `check`
+            self._lost = error
+
+    def check(self) -> None:
+        """Raise where another process is gone.
+
+        Raises:
+            UserError: One is.
+        """
+        if self._lost is not None:
+            with naming_the_lost(self._who):
+                raise self._lost
+
+    def close(self) -> None:
+        """Say the last word, and wait for that of the process before."""
+        if self._world > 1:
+            with naming_the_lost(self._who):
+                dist.send(torch.zeros(1), (self._rank + 1) % self._world, group=self._group)
+            self._thread.join()
+            self.check()
 
 
 def gather(mine: dict[int, Any], count: int) -> list[Any]:

@@ -12,20 +12,19 @@ No gradient crosses a cut: what is handed on is detached, and one number for eac
 
 from __future__ import annotations
 
-import copy
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
 from torch.utils import _pytree as pytree
 
 from graphsplit.emission import ProgramModule
 from graphsplit.errors import UserError
+from graphsplit.train.learner import Learner, Learning, OptimizerFactory, autocast
 from graphsplit.train.losses import PerSample, checked
 
 if TYPE_CHECKING:
@@ -36,80 +35,19 @@ if TYPE_CHECKING:
 CRITIC = 1 << 40
 """Added to the number of a step, so that a critic draws other random numbers than its group."""
 
-OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
-SchedulerFactory = Callable[[torch.optim.Optimizer], LRScheduler]
-
-
-def adam(module: nn.Module) -> torch.optim.Optimizer:
-    """Adam with a learning rate of 0.001."""
-    return torch.optim.Adam(module.parameters(), lr=1e-3)
-
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Learning):
     """How groups and critics are trained.
 
     Attributes:
-        optimizer: Makes the optimizer of a group.
         critic_optimizer: Makes the optimizer of a critic, or helper; None: as for a group.
-        scheduler: Makes the learning-rate schedule of an optimizer, stepped after every epoch.
-        step_every_batch: Step schedules after every batch instead.
-        amp: Run forward passes under autocast in this dtype; float16 scales losses.
-        clip: Largest norm of the gradient of a group, and of a critic.
         method: ``"local_critics"``, or what to compare it with, in one process: ``"backpropagation"``,
             ``"joint"`` losses (`JointLosses`) or ``"synthetic_gradients"`` (`SyntheticGradients`).
     """
 
-    optimizer: OptimizerFactory = adam
     critic_optimizer: OptimizerFactory | None = None
-    scheduler: SchedulerFactory | None = None
-    step_every_batch: bool = False
-    amp: torch.dtype | None = None
-    clip: float | None = None
     method: MethodName | Method = "local_critics"
-
-
-class Learner:
-    """A module with what updates it; one without parameters is never updated."""
-
-    def __init__(self, module: nn.Module, make: OptimizerFactory, recipe: Recipe) -> None:
-        self.module = module
-        self.trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self.optimizer = make(module) if self.trained else None
-        self.scheduler = recipe.scheduler(self.optimizer) if recipe.scheduler and self.optimizer else None
-        device = self.trained[0].device.type if self.trained else "cpu"
-        self.scaler = torch.amp.GradScaler(device, enabled=recipe.amp == torch.float16)
-        self.clip = recipe.clip
-        self.updates = 0
-
-    def update(self) -> None:
-        """One step of the optimizer with the gradients that are there, which are then dropped."""
-        if self.optimizer is None:
-            return
-        self.updates += 1
-        if self.clip is not None:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.trained, self.clip)
-        if any(parameter.grad is not None for parameter in self.trained):
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        self.optimizer.zero_grad()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that has to be known to go on."""
-        parts = {"module": self.module, "optimizer": self.optimizer, "scheduler": self.scheduler}
-        return {name: part.state_dict() for name, part in parts.items() if part is not None} | {
-            "scaler": self.scaler.state_dict()
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
-        self.module.load_state_dict(state["module"])
-        self.scaler.load_state_dict(state["scaler"])
-        if self.optimizer is not None:
-            self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # which would share tensors
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
 
 
 @dataclass
@@ -209,7 +147,7 @@ class Stage:
     def run(self, inputs: Sequence[Any], step: int) -> list[Any]:
         """What the group gives for a batch; gradients go back to the inputs where they want them."""
         inputs = self.here(inputs)
-        with self._random(step), self._autocast():
+        with self._random(step), autocast(self.device, self._amp):
             return list(self.group.run_flat(inputs))
 
     def losses(self, features: Tensor, targets: Any, step: int) -> Tensor:
@@ -223,7 +161,7 @@ class Stage:
         return losses
 
     def _losses(self, features: Tensor, targets: Any, step: int) -> Tensor:
-        with self._random(step + CRITIC), self._autocast():
+        with self._random(step + CRITIC), autocast(self.device, self._amp):
             scores = features if self.critic is None else self.critic(features)
         return checked(self._loss, scores, targets)
 
@@ -296,14 +234,6 @@ class Stage:
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed((self.seed * 1_000_003 + step) * 1_003 + self.number)
-            yield
-
-    @contextmanager
-    def _autocast(self) -> Iterator[None]:
-        if self._amp is None:
-            yield
-            return
-        with torch.autocast(self.device.type, self._amp):
             yield
 
     def _check(self, losses: Tensor) -> None:

@@ -1,0 +1,190 @@
+"""What goes between workers: tensors of replicas, in one process or several, with bytes and seconds counted.
+
+Bytes are those of all workers together: with K workers of S bytes each a gather is K (K - 1) S, an average by
+a ring all-reduce 2 (K - 1) S. In one process nothing is sent, and the same bytes are counted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+
+from graphsplit.train.processes import Watch, gather, naming_the_lost, share
+from graphsplit.train.replicas import Replica, put_tensors
+
+CHUNK = 32 << 20
+"""Bytes of a replica that one collective sends at most."""
+
+
+class Counter:
+    """Bytes and seconds since they were last asked for."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self.seconds = 0.0
+
+    def take(self) -> tuple[int, float]:
+        """Bytes and seconds, which start again from zero."""
+        found = self.bytes, self.seconds
+        self.bytes, self.seconds = 0, 0.0
+        return found
+
+    @contextmanager
+    def pausing(self) -> Iterator[None]:
+        """Do not count what is inside."""
+        before = self.bytes, self.seconds
+        try:
+            yield
+        finally:
+            self.bytes, self.seconds = before
+
+    @contextmanager
+    def timing(self) -> Iterator[None]:
+        """Add the time of what is inside."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - start
+
+
+class Together:
+    """All workers in this process.
+
+    Attributes:
+        mine: The workers that are here.
+        k: How many there are.
+        counter: What would be sent, were they apart.
+    """
+
+    def __init__(self, mine: Sequence[Replica], k: int) -> None:
+        self.mine = mine
+        self.k = k
+        self.counter = Counter()
+
+    @property
+    def leads(self) -> bool:
+        """True in the one process that reports."""
+        return True
+
+    def gather(self, values: Mapping[int, Any]) -> list[Any]:
+        """Of a value of each worker here those of all, in their order."""
+        return [values[worker] for worker in range(self.k)]
+
+    def spread(self, values: Mapping[int, Mapping[str, Tensor]], team: Sequence[nn.Module]) -> None:
+        """Give each module of the team the tensors of its worker."""
+        for worker, module in enumerate(team):
+            put_tensors(module, values[worker])
+        self.counter.bytes += self.k * (self.k - 1) * size_of(values[self.mine[0].number])
+
+    def average(self) -> None:
+        """Give every replica the mean of all parameters; buffers stay its own."""
+        columns = [[p for p in replica.model.parameters() if p.requires_grad] for replica in self.mine]
+        with torch.no_grad():
+            for column in zip(*columns, strict=True):
+                total = column[0] / self.k
+                for parameter in column[1:]:
+                    total = total + parameter / self.k
+                for parameter in column:
+                    parameter.copy_(total)
+        self.counter.bytes += 2 * (self.k - 1) * sum(p.nbytes for p in columns[0])
+
+    def shared(self, value: Any) -> Any:
+        """A value of the process that reports, for all."""
+        return value
+
+    def everywhere(self, value: Any) -> list[Any]:
+        """A value of each process."""
+        return [value]
+
+    def check(self) -> None:
+        """Nobody can be lost."""
+
+
+class Apart(Together):
+    """One worker in this process, the others in those that torchrun started."""
+
+    def __init__(self, mine: Replica, k: int, watch: Watch) -> None:
+        super().__init__([mine], k)
+        self._rank = mine.number
+        self._device = torch.device("cpu") if dist.get_backend() == "gloo" else mine.task.device
+        self._watch = watch
+
+    @property
+    def leads(self) -> bool:
+        """True in the first process."""
+        return self._rank == 0
+
+    def gather(self, values: Mapping[int, Any]) -> list[Any]:
+        """Of a value of each worker here those of all, in their order."""
+        with self._naming(), self.counter.timing():
+            return gather(dict(values), self.k)
+
+    def spread(self, values: Mapping[int, Mapping[str, Tensor]], team: Sequence[nn.Module]) -> None:
+        """Send the tensors of this worker to all, in chunks, and receive theirs."""
+        own = values[self._rank]
+        flat = torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in own.values()])
+        flat = flat.to(self._device)
+        found = [torch.empty_like(flat) for _ in range(self.k)]
+        with self._naming(), self.counter.timing():
+            for first in range(0, len(flat), CHUNK):
+                pieces = [into[first : first + CHUNK] for into in found]
+                dist.all_gather(pieces, flat[first : first + CHUNK].contiguous())
+        sizes = [tensor.nbytes for tensor in own.values()]
+        for module, content in zip(team, found, strict=True):
+            put_tensors(
+                module,
+                {
+                    name: piece.clone().view(tensor.dtype).view(tensor.shape)
+                    for (name, tensor), piece in zip(own.items(), content.split(sizes), strict=True)
+                },
+            )
+        self.counter.bytes += self.k * (self.k - 1) * len(flat)
+
+    def average(self) -> None:
+        """The same by torch's own averager."""
+        parameters = [p for p in self.mine[0].model.parameters() if p.requires_grad]
+        with self._naming(), self.counter.timing():
+            PeriodicModelAverager(period=1).average_parameters(
+                parameters
+            )  # every time: rounds are counted here
+        self.counter.bytes += 2 * (self.k - 1) * sum(parameter.nbytes for parameter in parameters)
+
+    def shared(self, value: Any) -> Any:
+        """A value of the process that reports, for all."""
+        with self._naming():
+            return share([value] if self.leads else None)[0]
+
+    def everywhere(self, value: Any) -> list[Any]:
+        """A value of each process."""
+        return self.gather({self._rank: value})
+
+    def check(self) -> None:
+        """Raise where another process is gone."""
+        self._watch.check()
+
+    def _naming(self) -> Any:
+        return naming_the_lost(f"worker {self._rank}")
+
+
+def size_of(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of tensors."""
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def mean_buffers(team: Sequence[nn.Module], into: nn.Module) -> None:
+    """Give a module the mean of the team's floating-point buffers; of others, those of the first."""
+    buffers = [dict(module.named_buffers()) for module in team]
+    with torch.no_grad():
+        for name, buffer in into.named_buffers():
+            if buffer.dtype.is_floating_point:
+                buffer.copy_(torch.stack([own[name] for own in buffers]).mean(0))
+            else:
+                buffer.copy_(buffers[0][name])

@@ -1,0 +1,318 @@
+"""One worker of several that train apart: its replica of the model, its shard, and what it learns from.
+
+With ``l`` the user's loss, ``f`` the replica, ``c(x)`` the mean answer of the latest compressed replicas and
+``g(x)`` that of the ensemble, a worker follows the gradient
+
+- of ``l(f(x), y) - lambda |a(f(x)) - c(x)|^2`` while it trains (EC-DNN, eq. 9);
+- of ``alpha l(f(x), y) + beta l(f(x), g(x))`` while it is compressed (eq. 10).
+
+An answer ``a`` is the softmax of the outputs over the classes where targets are classes, else the outputs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graphsplit.depth.anytime import classes_dim
+from graphsplit.ensembles import LeastSquares, Rule, combined, main_output, margin_weights, stacked
+from graphsplit.errors import UserError, first_line
+from graphsplit.train.learner import Learner, Learning, autocast
+from graphsplit.train.loop import Metric, call, evaluating, mixed_seed, seed_epoch
+from graphsplit.train.sharding import Examples, ShardSampler
+
+LOCAL, COMPRESSION = 0, 1
+"""Phases of a round, for seeds."""
+
+ANSWERED = 4
+"""Batches of training in one batch of answers, which needs no memory for gradients."""
+
+
+class Labels:
+    """Answers by the number of the example, kept in one tensor of a dtype that may be smaller."""
+
+    def __init__(self, numbers: Sequence[int], dtype: torch.dtype) -> None:
+        self._rows = {number: row for row, number in enumerate(numbers)}
+        self._dtype = dtype
+        self._values: Tensor | None = None
+
+    def put(self, numbers: Sequence[int], values: Tensor) -> None:
+        """Keep answers ``[N, ...]``."""
+        if self._values is None:
+            self._values = values.new_empty((len(self._rows), *values.shape[1:]), dtype=self._dtype)
+        self._values[[self._rows[number] for number in numbers]] = values.to(self._dtype)
+
+    def of(self, numbers: Sequence[int]) -> Tensor:
+        """The answers for these examples, ``[N, ...]``, in float32 at least."""
+        assert self._values is not None
+        found = self._values[[self._rows[number] for number in numbers]]
+        return found.float() if found.dtype in (torch.float16, torch.bfloat16) else found
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all workers learn.
+
+    Attributes:
+        examples: All the data.
+        loss: Of outputs and targets.
+        pseudo_loss: Of outputs and answers of the ensemble.
+        device: Where batches are sent.
+        seed: Of batches and dropout.
+        batch: Examples of a batch.
+        keep: Dtype of answers that are kept.
+    """
+
+    examples: Examples
+    loss: Metric
+    pseudo_loss: Metric
+    device: torch.device
+    seed: int
+    batch: int
+    keep: torch.dtype
+
+
+class Replica:
+    """One worker.
+
+    Attributes:
+        number: From 0.
+        learner: The model with its optimizer.
+        shard: Numbers of its examples.
+        grown: Its tensors at the last aggregation.
+        seconds: Wall time of the present round.
+    """
+
+    def __init__(
+        self, number: int, model: nn.Module, learning: Learning, task: Task, shard: Sequence[int]
+    ) -> None:
+        self.number = number
+        self.task = task
+        self.shard = shard
+        self._learning = learning
+        self.learner = Learner(model, learning.optimizer, learning)
+        self.grown: dict[str, Tensor] = {}
+        self.seconds = 0.0
+
+    @property
+    def model(self) -> nn.Module:
+        """The model."""
+        return self.learner.module
+
+    def train(self, first: int, count: int, diversity: float = 0.0, mean: Labels | None = None) -> float:
+        """Local training for some steps; the mean loss.
+
+        Args:
+            first: Number of the first step.
+            count: How many.
+            diversity: lambda of eq. 9.
+            mean: Mean answers of the latest compressed replicas.
+        """
+
+        def objective(numbers: list[int], outputs: Any, targets: Any, loss: Tensor) -> Tensor:
+            if mean is None or not diversity:
+                return loss
+            answer = soft(main_output(outputs), targets)
+            distance = (answer - mean.of(numbers)).square()
+            return loss - diversity * distance.sum() / _positions(answer, targets)
+
+        return self._steps(self.sampler(first, count), objective, (first, LOCAL))
+
+    def compress(
+        self, sampler: ShardSampler, moment: int, alpha: float, beta: float, labels: Labels
+    ) -> float:
+        """Follow the ensemble on batches whose answers are known; the mean loss of the true targets."""
+
+        def objective(numbers: list[int], outputs: Any, targets: Any, loss: Tensor) -> Tensor:
+            answers = labels.of(numbers)
+            try:
+                return alpha * loss + beta * self.task.pseudo_loss(outputs, answers)
+            except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                raise UserError(
+                    f"the loss takes no answers {tuple(answers.shape)} for targets: {first_line(error)}",
+                    hint="give pseudo_loss=, a function of outputs and the answers of the ensemble",
+                ) from error
+
+        return self._steps(sampler, objective, (moment, COMPRESSION))
+
+    def sampler(self, first: int, count: int) -> ShardSampler:
+        """Batches of local training."""
+        return ShardSampler(self.shard, self.task.batch, self._seed(), first, count)
+
+    def relabelled(self, round_number: int, share: float, count: int) -> ShardSampler:
+        """Batches of compression: of a share of the shard, drawn anew in every round."""
+        generator = torch.Generator().manual_seed(mixed_seed(self._seed(), 0, round_number))
+        size = max(1, round(share * len(self.shard)))
+        chosen = torch.randperm(len(self.shard), generator=generator)[:size].tolist()
+        own = [self.shard[number] for number in chosen]
+        return ShardSampler(own, self.task.batch, mixed_seed(self._seed(), 1, round_number), 0, count)
+
+    def _seed(self) -> int:
+        return mixed_seed(self.task.seed, self.number, 0)
+
+    def _steps(
+        self,
+        sampler: ShardSampler,
+        objective: Callable[[list[int], Any, Any, Tensor], Tensor],
+        moment: tuple[int, int],
+    ) -> float:
+        task, learner = self.task, self.learner
+        start = time.perf_counter()
+        total = torch.zeros((), dtype=torch.float64, device=task.device)
+        self.model.train()
+        with torch.random.fork_rng():
+            seed_epoch(task.seed, self.number, 2 * moment[0] + moment[1], ())
+            for numbers, inputs, targets in task.examples.read(sampler, task.device):
+                with autocast(task.device, self._learning.amp):
+                    outputs = call(self.model, inputs)
+                    loss = task.loss(outputs, targets)
+                    whole = objective(numbers, outputs, targets, loss)
+                learner.scaler.scale(whole).backward()
+                learner.update()
+                if learner.scheduler is not None and self._learning.step_every_batch:
+                    learner.scheduler.step()
+                total += loss.detach().double()
+        found = float(total) / max(len(sampler), 1)
+        self.seconds += time.perf_counter() - start
+        return found
+
+    def answers(
+        self, sampler: ShardSampler, team: Sequence[nn.Module], weights: Tensor, rule: Rule, average: Any
+    ) -> Labels:
+        """What the ensemble answers on the examples of some batches, without gradients.
+
+        Args:
+            sampler: The batches.
+            team: The members.
+            weights: One for each; by margins each example has its own.
+            rule: Where weights come from.
+            average: What is averaged.
+        """
+        numbers = sorted({number for batch in sampler for number in batch})
+        labels = Labels(numbers, self.task.keep)
+
+        def keep(own: list[int], targets: Any, outputs: Tensor) -> None:
+            used = margin_weights(outputs, targets) if rule == "margin" else weights
+            labels.put(own, soft(combined(outputs, used, average), targets))
+
+        self._read(numbers, team, keep)
+        return labels
+
+    def least_squares(self, sampler: ShardSampler, team: Sequence[nn.Module], average: Any) -> LeastSquares:
+        """The sums for regression weights over the examples of some batches."""
+        numbers = sorted({number for batch in sampler for number in batch})
+        found = LeastSquares(len(team), average)
+        self._read(numbers, team, lambda own, targets, outputs: found.add(outputs, targets))
+        return found
+
+    def _read(
+        self,
+        numbers: Sequence[int],
+        team: Sequence[nn.Module],
+        use: Callable[[list[int], Any, Tensor], None],
+    ) -> None:
+        """Call ``use`` with numbers of examples, targets, and what each member gives, ``[K, N, ...]``."""
+        start = time.perf_counter()
+        size = ANSWERED * self.task.batch
+        batches = [list(numbers[first : first + size]) for first in range(0, len(numbers), size)]
+        with torch.random.fork_rng(), torch.inference_mode(), contextlib.ExitStack() as modes:
+            seed_epoch(self.task.seed, self.number, 0, ())
+            for member in team:
+                modes.enter_context(evaluating(member))
+            for own, inputs, targets in self.task.examples.read(batches, self.task.device):
+                use(own, targets, stacked([main_output(call(member, inputs)) for member in team]))
+        self.seconds += time.perf_counter() - start
+
+    def is_finite(self) -> bool:
+        """True where every parameter is a number."""
+        return all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters())
+
+    def grow(self) -> None:
+        """Keep the present tensors as those of the last aggregation."""
+        self.grown = {name: tensor.clone() for name, tensor in tensors_of(self.model).items()}
+
+    def restart(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from another replica's tensors, with a new optimizer; its schedule goes on where it was."""
+        put_tensors(self.model, tensors)
+        old = self.learner
+        self.learner = Learner(self.model, self._learning.optimizer, self._learning)
+        if old.scheduler is not None and self.learner.scheduler is not None:
+            assert old.optimizer is not None and self.learner.optimizer is not None
+            self.learner.scheduler.load_state_dict(old.scheduler.state_dict())
+            groups = zip(self.learner.optimizer.param_groups, old.optimizer.param_groups, strict=True)
+            for group, other in groups:
+                group["lr"] = other["lr"]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that has to be known to go on."""
+        return {"learner": self.learner.state_dict(), "tensors": tensors_of(self.model), "grown": self.grown}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self.learner.load_state_dict(state["learner"])
+        put_tensors(self.model, state["tensors"])
+        self.grown = dict(state["grown"])
+
+
+def soft(outputs: Tensor, targets: Any) -> Tensor:
+    """Answers of outputs ``[N, ...]``: probabilities of the classes, where targets are classes."""
+    if isinstance(targets, Tensor) and not targets.dtype.is_floating_point and outputs.dim() > 1:
+        return outputs.softmax(classes_dim(outputs.dim()))
+    return outputs
+
+
+def _positions(answer: Tensor, targets: Any) -> int:
+    """How many answers there are: numbers without the dimension of classes, or examples."""
+    if isinstance(targets, Tensor) and not targets.dtype.is_floating_point and answer.dim() > 1:
+        return answer.numel() // answer.shape[classes_dim(answer.dim())]
+    return answer.shape[0]
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer, detached; tied ones once."""
+    named: dict[str, Tensor] = dict(module.named_parameters()) | dict(module.named_buffers())
+    return {name: tensor.detach() for name, tensor in named.items()}
+
+
+def put_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Set the values that `tensors_of` gave.
+
+    Raises:
+        ValueError: They are of another model.
+    """
+    own = tensors_of(module)
+    if own.keys() != tensors.keys():
+        raise ValueError(f"the model has no {min(own.keys() ^ tensors.keys())}, or has lost it")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            if tensor.shape != tensors[name].shape:
+                raise ValueError(f"{name} is {tuple(tensor.shape)} here, {tuple(tensors[name].shape)} there")
+            tensor.copy_(tensors[name])
+
+
+def is_convex(loss: Metric, outputs: Tensor, targets: Any, seed: int = 0) -> bool:
+    """False where a loss is shown not to be convex in outputs of this shape, by pairs and their middles.
+
+    True is no proof: none of the pairs has spoken against it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for scale in (0.1, 1.0, 10.0):
+        for _ in range(4):
+            a, b = (
+                scale * torch.randn(outputs.shape, generator=generator).to(outputs.device) for _ in range(2)
+            )
+            with torch.no_grad():
+                middle, ends = (
+                    float(loss((a + b) / 2, targets)),
+                    (float(loss(a, targets)) + float(loss(b, targets))) / 2,
+                )
+            if math.isfinite(ends) and middle > ends + 1e-5 * max(1.0, abs(ends)):
+                return False
+    return True

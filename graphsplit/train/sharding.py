@@ -1,0 +1,163 @@
+"""Shards: which examples a worker has, and which of them are in the batch of which step.
+
+Everything follows from seed, worker and step, so that a run that goes on after a checkpoint, or is spread
+over processes, sees the same batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset, default_collate
+
+from graphsplit.errors import UserError
+from graphsplit.train.loop import mixed_seed, read_batch
+
+Data = Dataset[Any] | DataLoader[Any] | tuple[Tensor, Tensor]
+"""Examples ``(inputs, targets)`` by number, or a loader of them, or all of them as two tensors."""
+
+
+class ShardSampler(Sampler[list[int]]):
+    """Batches of a shard for some steps: numbers of examples, for the ``batch_sampler`` of a DataLoader.
+
+    The shard is gone through in a new random order every time; what is left of it at the end, less than a
+    batch, waits for the next time. A shard that is smaller than a batch is one.
+
+    Args:
+        shard: Numbers of the examples.
+        batch: Examples of a batch.
+        seed: Of the orders; each worker has its own.
+        first: The first step.
+        count: How many steps.
+    """
+
+    def __init__(self, shard: Sequence[int], batch: int, seed: int, first: int, count: int) -> None:
+        self._shard = shard
+        self._batch = min(batch, len(shard))
+        self._seed = seed
+        self._steps = range(first, first + count)
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        turn, order = -1, torch.empty(0)
+        for step in self._steps:
+            now, place = divmod(step, len(self._shard) // self._batch)
+            if now != turn:
+                generator = torch.Generator().manual_seed(mixed_seed(self._seed, None, now))
+                turn, order = now, torch.randperm(len(self._shard), generator=generator)
+            chosen = order[place * self._batch : (place + 1) * self._batch]
+            yield [self._shard[number] for number in chosen.tolist()]
+
+
+def deal(examples: int, k: int, seed: int) -> list[list[int]]:
+    """Numbers of the examples of K workers, drawn at random; shards differ by one example at most.
+
+    Raises:
+        UserError: There are fewer examples than workers.
+    """
+    if examples < k:
+        raise UserError(
+            f"{examples} examples cannot be dealt to {k} workers", hint="give more data, or fewer workers"
+        )
+    order = torch.randperm(examples, generator=torch.Generator().manual_seed(seed)).tolist()
+    return [order[worker::k] for worker in range(k)]
+
+
+def checked_shards(shards: Sequence[Sequence[int]], examples: int, k: int) -> list[list[int]]:
+    """A user's own shards, which may overlap and differ in size.
+
+    Raises:
+        UserError: There are not K of them, one is empty, or one names an example that there is not.
+    """
+    if len(shards) != k:
+        raise UserError(f"{len(shards)} shards for {k} workers", hint="give one for each worker")
+    found = [[int(number) for number in shard] for shard in shards]
+    for worker, shard in enumerate(found):
+        if not shard:
+            raise UserError(f"the shard of worker {worker} is empty")
+        if min(shard) < 0 or max(shard) >= examples:
+            wrong = min(shard) if min(shard) < 0 else max(shard)
+            raise UserError(f"the shard of worker {worker} names example {wrong} of {examples}")
+    return found
+
+
+class Examples:
+    """Data that is read by number.
+
+    Args:
+        data: A data set that knows its length, a loader of one (whose collate function and number of workers
+            are used, and whose order is not), or inputs and targets as two tensors.
+
+    Raises:
+        UserError: The data cannot be read by number.
+    """
+
+    def __init__(self, data: Data) -> None:
+        self._workers = 0
+        self._collate: Callable[[Any], Any] = default_collate
+        if isinstance(data, DataLoader):
+            self._workers, self._collate, data = data.num_workers, data.collate_fn, data.dataset
+        if isinstance(data, tuple):
+            data = TensorDataset(*data)
+        if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
+            raise UserError(
+                f"a {type(data).__name__} cannot be dealt out, as its examples have no numbers",
+                hint="give a Dataset with __len__ and __getitem__, or inputs and targets as two tensors",
+            )
+        self._data = data
+
+    def __len__(self) -> int:
+        return len(cast(Any, self._data))
+
+    def read(self, batches: Any, device: torch.device) -> Iterator[tuple[list[int], Any, Any]]:
+        """Numbers, inputs and targets of batches, on the device.
+
+        Args:
+            batches: Lists of numbers.
+            device: Where tensors are sent.
+        """
+        loader: Any = DataLoader(
+            _Numbered(self._data), batch_sampler=batches, collate_fn=cast(Any, _Collate(self._collate)),
+            num_workers=self._workers,
+        )  # fmt: skip
+        for numbers, batch in loader:
+            inputs, targets, _ = read_batch(device, batch)
+            yield numbers, inputs, targets
+
+
+class _Numbered(Dataset[Any]):
+    """Gives examples with their numbers, a batch at once."""
+
+    def __init__(self, data: Any) -> None:
+        self._data = data
+
+    def __getitem__(self, number: int) -> Any:
+        return number, self._data[number]
+
+    def __getitems__(self, numbers: list[int]) -> tuple[list[int], Any]:
+        """All examples of a batch: of tensors by one look-up."""
+        if isinstance(self._data, TensorDataset):
+            return numbers, _Ready(tuple(tensor[numbers] for tensor in self._data.tensors))
+        fetch = getattr(self._data, "__getitems__", None)
+        return numbers, fetch(numbers) if fetch else [self._data[number] for number in numbers]
+
+
+class _Ready(tuple[Any, ...]):
+    """A batch that needs no collating."""
+
+
+class _Collate:
+    """Collates the examples and leaves their numbers."""
+
+    def __init__(self, collate: Callable[[Any], Any]) -> None:
+        self._collate = collate
+
+    def __call__(self, found: tuple[list[int], Any]) -> tuple[list[int], Any]:
+        numbers, examples = found
+        ready = isinstance(examples, _Ready)
+        return numbers, tuple(examples) if ready else self._collate(examples)

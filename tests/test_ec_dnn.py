@@ -1,0 +1,551 @@
+"""EC-DNN and its baselines in one process: the formulas, what a run leaves, going on, and bad input."""
+
+import copy
+import csv
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+import graphsplit as gs
+from graphsplit.errors import UserError
+from graphsplit.train.ensembles import _Run
+from graphsplit.train.learner import Learning
+from graphsplit.train.replicas import Labels, Replica, Task, is_convex, tensors_of
+from graphsplit.train.sharding import Examples, ShardSampler, deal
+
+EC = gs.train.EnsembleCompression
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3))
+
+
+def plain() -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+
+
+def data(size: int = 90, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(size)
+    x = torch.randn(size, 5, generator=generator, dtype=dtype)
+    return x, (x[:, :3] + 0.3 * torch.randn(size, 3, generator=generator)).argmax(1)
+
+
+def sgd(rate: float = 0.2, momentum: float = 0.0) -> Callable[[nn.Module], torch.optim.Optimizer]:
+    return lambda model: torch.optim.SGD(model.parameters(), lr=rate, momentum=momentum)
+
+
+def settings(**changes: Any) -> gs.train.EnsembleCompression:
+    return EC(**{"k": 3, "rounds": 3, "tau": 6, "batch": 8, "p": 0.34, "optimizer": sgd(), **changes})
+
+
+def run(changes: dict[str, Any] | None = None, **options: Any) -> gs.train.EnsembleTrained:
+    options = {"test": [data(40)], "error": gs.train.misclassified, **options}
+    return settings(**(changes or {})).run(net, data(), F.cross_entropy, **options)
+
+
+def same(one: nn.Module, two: nn.Module) -> bool:
+    pairs = zip(one.state_dict().values(), two.state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def numbers(found: gs.train.EnsembleTrained) -> list[Any]:
+    """All that does not depend on the clock."""
+    clock = ("seconds", "communication_seconds")
+    return [{k: v for k, v in vars(record).items() if k not in clock} for record in found.rounds]
+
+
+# The formulas
+
+
+def replica(model: nn.Module, keep: torch.dtype = torch.float64) -> Replica:
+    task = Task(
+        Examples(data(dtype=torch.float64)), F.cross_entropy, F.cross_entropy, torch.device("cpu"), 0, 8, keep
+    )
+    return Replica(0, model, Learning(optimizer=sgd(0.5)), task, range(30))
+
+
+def test_local_training_follows_equation_9() -> None:
+    own, others = plain(), [plain(), plain()]
+    x, y = data(dtype=torch.float64)
+    worker = replica(copy.deepcopy(own))
+    sampler = worker.sampler(0, 1)
+    (chosen,) = sampler
+    mean = worker.answers(sampler, others, torch.full((2,), 0.5), "simple", "outputs")
+    worker.train(0, 1, 0.7, mean)
+    target = sum(other(x[chosen]) for other in others).detach().div(2).softmax(1)  # type: ignore[union-attr]
+    scores = own(x[chosen])
+    loss = F.cross_entropy(scores, y[chosen]) - 0.7 * (scores.softmax(1) - target).square().sum(1).mean()
+    gradients = torch.autograd.grad(loss, list(own.parameters()))
+    for moved, parameter, gradient in zip(
+        worker.model.parameters(), own.parameters(), gradients, strict=True
+    ):
+        torch.testing.assert_close(moved, parameter - 0.5 * gradient, rtol=1e-12, atol=1e-12)
+
+
+def test_compression_follows_equation_10() -> None:
+    own, team, weights = plain(), [plain(), plain()], torch.tensor([0.3, 0.7], dtype=torch.float64)
+    x, y = data(dtype=torch.float64)
+    worker = replica(copy.deepcopy(own))
+    sampler = worker.relabelled(2, 0.5, 1)
+    (chosen,) = sampler
+    labels = worker.answers(sampler, team, weights, "regression", "probabilities")
+    worker.compress(sampler, 2, 0.4, 0.6, labels)
+    answers = sum(w * member(x[chosen]).softmax(1) for w, member in zip(weights, team, strict=True)).detach()  # type: ignore[union-attr]
+    scores = own(x[chosen])
+    loss = 0.4 * F.cross_entropy(scores, y[chosen]) - 0.6 * (answers * scores.log_softmax(1)).sum(1).mean()
+    gradients = torch.autograd.grad(loss, list(own.parameters()))
+    for moved, parameter, gradient in zip(
+        worker.model.parameters(), own.parameters(), gradients, strict=True
+    ):
+        torch.testing.assert_close(moved, parameter - 0.5 * gradient, rtol=1e-12, atol=1e-12)
+
+
+def test_squared_errors_have_outputs_as_answers() -> None:
+    x = data(dtype=torch.float64)[0]
+    y = torch.randn(90, 3, dtype=torch.float64)
+    task = Task(Examples((x, y)), F.mse_loss, F.mse_loss, torch.device("cpu"), 0, 8, torch.float64)
+    worker, team = Replica(0, plain(), Learning(), task, range(30)), [plain(), plain()]
+    sampler = worker.sampler(0, 2)
+    labels = worker.answers(sampler, team, torch.full((2,), 0.5), "simple", "outputs")
+    chosen = next(iter(sampler))
+    expected = (team[0](x[chosen]) + team[1](x[chosen])) / 2
+    torch.testing.assert_close(labels.of(chosen), expected.detach())
+
+
+def test_only_a_share_is_relabelled_and_kept_small() -> None:
+    worker = replica(plain())
+    seen = {number for batch in worker.relabelled(0, 0.5, 40) for number in batch}
+    assert len(seen) == 15 and seen <= set(range(30))
+    assert seen != {number for batch in worker.relabelled(1, 0.5, 40) for number in batch}
+    labels = Labels([4, 7], torch.float16)
+    labels.put([7, 4], torch.tensor([[0.25, 1 / 3], [1.0, 2.0]]))
+    assert labels._values is not None and labels._values.dtype == torch.float16
+    assert labels.of([4]).tolist() == [[1.0, 2.0]] and labels.of([4]).dtype == torch.float32
+
+
+def test_averaging_is_that_of_parameters() -> None:
+    """Two rounds by hand: each worker's steps, then the mean."""
+    training = settings(method="ma", rounds=2, k=2)
+    start = plain()
+    x, y = data(dtype=torch.float64)
+    found = training.run(start, (x, y), F.cross_entropy)
+    shards, own = deal(90, 2, 0), [copy.deepcopy(start), copy.deepcopy(start)]
+    for number in range(2):
+        for worker, model in enumerate(own):
+            optimizer = sgd()(model)
+            seed = Replica(worker, plain(), Learning(), _task(x, y), shards[worker]).sampler(6 * number, 6)
+            for chosen in seed:
+                optimizer.zero_grad()
+                F.cross_entropy(model(x[chosen]), y[chosen]).backward()
+                optimizer.step()
+        means = [sum(pair) / 2 for pair in zip(*(m.parameters() for m in own), strict=True)]  # type: ignore[arg-type]
+        for model in own:
+            for parameter, mean in zip(model.parameters(), means, strict=True):
+                parameter.data.copy_(mean)  # type: ignore[arg-type]
+    for parameter, expected in zip(found.global_model.parameters(), own[0].parameters(), strict=True):
+        torch.testing.assert_close(parameter, expected, rtol=1e-12, atol=1e-12)
+
+
+def _task(x: Tensor, y: Tensor) -> Task:
+    return Task(Examples((x, y)), F.cross_entropy, F.cross_entropy, torch.device("cpu"), 0, 8, torch.float64)
+
+
+def test_warm_up_is_synchronous_training() -> None:
+    """Post-local SGD: with momentum, averages after every step are steps on the mean gradient."""
+    x, y = data(dtype=torch.float64)
+    start = plain()
+    training = settings(method="ma", k=2, rounds=1, warmup=6, optimizer=sgd(0.1, 0.9))
+    found = training.run(start, (x, y), F.cross_entropy)
+    shards, model = deal(90, 2, 0), copy.deepcopy(start)
+    optimizer = sgd(0.1, 0.9)(model)
+    samplers = [Replica(w, plain(), Learning(), _task(x, y), shards[w]).sampler(0, 6) for w in range(2)]
+    for batches in zip(*samplers, strict=True):
+        optimizer.zero_grad()
+        for chosen in batches:
+            (F.cross_entropy(model(x[chosen]), y[chosen]) / 2).backward()
+        optimizer.step()
+    for parameter, expected in zip(found.global_model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(parameter, expected, rtol=1e-11, atol=1e-11)
+
+
+# What a run leaves
+
+
+@pytest.mark.parametrize("method", ["ec", "e"])
+@pytest.mark.parametrize("average", ["outputs", "probabilities"])
+def test_the_ensembles_loss_is_never_above_its_members(method: str, average: str) -> None:
+    found = run({"method": method, "average": average})
+    for record in found.rounds:
+        assert record.test_loss is not None
+        assert record.test_loss <= sum(record.local_losses) / 3 + 1e-6
+        assert record.improvement == pytest.approx(sum(record.local_errors) / 3 - record.test_error)
+    assert isinstance(found.global_model, gs.Ensemble)
+    loss, error = gs.train.evaluate(
+        found.global_model, F.cross_entropy, [data(40)], error=gs.train.misclassified
+    )
+    assert (loss, error) == (found.rounds[-1].test_loss, found.rounds[-1].test_error)
+
+
+def test_every_method_learns() -> None:
+    for method in ("ec", "ma", "e", "s"):
+        found = run({"method": method, "rounds": 8, "tau": 12})
+        assert len(found.rounds) == 8 and found.rounds[-1].steps == 96 - (4 if method == "ec" else 0)
+        assert found.rounds[-1].test_error is not None and found.rounds[-1].test_error < 0.3, method
+        _, error = gs.train.evaluate(
+            found.local_model, F.cross_entropy, [data(40)], error=gs.train.misclassified
+        )
+        assert error is not None and error < 0.4, method
+
+
+@pytest.mark.parametrize("weights", ["regression", "margin"])
+def test_other_weights(weights: str) -> None:
+    found = run({"weights": weights, "mu": 1.0})
+    assert isinstance(found.global_model, gs.Ensemble) and found.global_model.rule == weights
+    last = torch.tensor(found.rounds[-1].weights)
+    assert torch.equal(last, found.global_model.weights)
+    assert torch.allclose(last, torch.full((3,), 1 / 3)) == (weights == "margin")
+    assert not same(found.local_model, run({"mu": 1.0}).local_model)
+
+
+def test_members_make_an_ensemble_that_is_proved_and_exported(tmp_path: Path) -> None:
+    found = run({"weights": "regression"})
+    team = gs.ensemble(found.members, found.rounds[-1].weights, data()[0][:4]).eval()
+    assert team.fused and team.verify().ok
+    torch.testing.assert_close(team(data(40)[0]), found.global_model.eval()(data(40)[0]))
+    gs.export_onnx(team, tmp_path / "global.onnx")
+
+
+def test_local_model_is_the_compressed_replica_of_the_smallest_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[_Run] = []
+    trained = _Run._trained
+
+    def keeping(self: _Run) -> gs.train.EnsembleTrained:
+        kept.append(self)
+        return trained(self)
+
+    monkeypatch.setattr(_Run, "_trained", keeping)
+    found = run()
+    losses = found.rounds[-1].compression_losses
+    best = kept[0].workers.mine[losses.index(min(losses))]
+    assert same(best.model, found.local_model)
+    assert all(same(member, found.local_model) is False for member in found.members)
+
+
+def test_replicas_start_apart_or_together() -> None:
+    torch.manual_seed(0)
+    model = net()
+    before = copy.deepcopy(model.state_dict())
+    found = settings(method="e", rounds=1).run(model, data(), F.cross_entropy)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    rate = sgd(0.0)
+    together = settings(method="e", rounds=1, optimizer=rate).run(
+        plain(), data(dtype=torch.float64), F.cross_entropy
+    )
+    apart = settings(method="e", rounds=1, optimizer=rate).run(
+        plain, data(dtype=torch.float64), F.cross_entropy
+    )
+    averaged = settings(method="ma", rounds=1, optimizer=rate).run(
+        plain, data(dtype=torch.float64), F.cross_entropy
+    )
+    assert same(together.members[0], together.members[1]) and same(averaged.members[0], averaged.members[1])
+    assert not same(apart.members[0], apart.members[1])
+    assert len(found.members) == 3
+
+
+def test_bytes_between_workers() -> None:
+    size = sum(tensor.nbytes for tensor in tensors_of(net()).values())
+    weights = sum(parameter.nbytes for parameter in net().parameters())
+    assert [record.bytes for record in run({"diversity": 0.0}).rounds] == [6 * size] * 3
+    assert [record.bytes for record in run().rounds] == [6 * size, 12 * size, 12 * size]
+    assert [record.bytes for record in run({"method": "ma"}).rounds] == [4 * weights] * 3
+    assert [record.bytes for record in run({"method": "s"}).rounds] == [0] * 3
+
+
+class Named(nn.Module):
+    """Takes a mapping and gives one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, features: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.head(features)}
+
+
+class Rows(Dataset[Any]):
+    """A data set of mappings and classes."""
+
+    def __len__(self) -> int:
+        return 60
+
+    def __getitem__(self, number: int) -> Any:
+        x, y = data(60)
+        return {"features": x[number]}, y[number]
+
+
+def test_nested_inputs_and_outputs_and_any_data_set() -> None:
+    def loss(outputs: dict[str, Tensor], y: Tensor) -> Tensor:
+        return F.cross_entropy(outputs["logits"], y)
+
+    loader = DataLoader(Rows(), batch_size=5)
+    one = settings().run(Named, Rows(), loss)
+    two = settings().run(Named, loader, loss)
+    x, y = data(60)
+    three = settings().run(Named, TensorDataset(x, y), loss)
+    for found in (two, three):
+        assert same(one.local_model, found.local_model)
+    assert one.global_model(x)["logits"].shape == (60, 3)
+
+
+def test_precision_clipping_and_schedules() -> None:
+    half = lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)  # noqa: E731
+    found = run({"scheduler": half})
+    assert [record.learning_rate for record in found.rounds] == [0.1, 0.05, 0.025]
+    stepped = run({"scheduler": half, "step_every_batch": True, "rounds": 1})
+    assert stepped.rounds[0].learning_rate == pytest.approx(0.2 * 0.5**6)
+    still = run({"clip": 1e-9, "rounds": 1, "method": "s"})
+    with torch.random.fork_rng():
+        moved = run({"rounds": 1, "method": "s"})
+    assert not same(still.global_model, moved.global_model)
+    fast = run({"amp": torch.bfloat16})
+    assert fast.rounds[-1].losses != run().rounds[-1].losses and fast.rounds[-1].test_loss is not None
+
+
+def test_early_stop() -> None:
+    found = run({"optimizer": sgd(0.0), "patience": 2, "rounds": 9, "method": "ma"})
+    assert len(found.rounds) == 3
+
+
+def test_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "log.csv"
+    found = run(on_round=gs.train.CSVLog(path))
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["test_loss"]) for row in rows] == [record.test_loss for record in found.rounds]
+    assert [float(row["losses.1"]) for row in rows] == [record.losses[1] for record in found.rounds]
+    run({"rounds": 1}, on_round=gs.train.CSVLog(path))
+    assert len(path.read_text().splitlines()) == 5
+    epochs = tmp_path / "epochs.csv"
+    model = net()
+    gs.train.fit(model, sgd()(model), F.cross_entropy, [data()], 2, on_epoch=gs.train.CSVLog(epochs))
+    assert len(epochs.read_text().splitlines()) == 3
+    with pytest.raises(UserError, match="cannot be written"):
+        gs.train.CSVLog(tmp_path / "no" / "log.csv")(found.rounds[0])
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match=r"not installed.*CSVLog"):
+        gs.train.TensorBoardLog(tmp_path)
+
+
+def test_records_are_readable(capsys: pytest.CaptureFixture[str]) -> None:
+    run(on_round=print)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and lines[0].startswith("round 1, step 4: loss ") and "replicas" in lines[0]
+
+
+# Seeds and going on
+
+
+def test_a_seed_gives_the_same_numbers_and_leaves_the_random_state() -> None:
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    one = run()
+    assert torch.equal(state, torch.get_rng_state())
+    torch.manual_seed(6)
+    two = run()
+    assert numbers(one) == numbers(two) and same(one.local_model, two.local_model)
+    assert numbers(one) != numbers(run({"seed": 1}))
+
+
+class Killed(Exception):
+    """A run ends here."""
+
+
+@pytest.mark.parametrize("method", ["ec", "ma", "e", "s"])
+def test_a_run_that_goes_on_ends_as_one_that_was_not_killed(tmp_path: Path, method: str) -> None:
+    changes = {
+        "method": method, "rounds": 4, "optimizer": lambda m: torch.optim.Adam(m.parameters(), 0.02),
+        "scheduler": lambda o: torch.optim.lr_scheduler.StepLR(o, 2, 0.5),
+    }  # fmt: skip
+    whole = run(changes)
+
+    def kill(record: gs.train.Round) -> None:
+        if record.number == 1:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(changes, checkpoint=tmp_path, on_round=kill)
+    found = run(changes, checkpoint=tmp_path)
+    assert numbers(found) == numbers(whole)
+    assert same(found.local_model, whole.local_model) and same(found.global_model, whole.global_model)
+    again = run(changes, checkpoint=tmp_path)  # nothing is left to do
+    assert numbers(again) == numbers(whole) and same(again.global_model, whole.global_model)
+
+
+def test_a_run_that_was_killed_while_it_wrote_goes_on(tmp_path: Path) -> None:
+    whole = run({"rounds": 3})
+    run({"rounds": 2}, checkpoint=tmp_path)
+    (tmp_path / "worker_1.round_1.pt").unlink()  # the others have it, this one had just begun to write
+    (tmp_path / "worker_1.round_1.new").write_bytes(b"PK half a file")
+    found = run({"rounds": 3}, checkpoint=tmp_path)
+    assert numbers(found) == numbers(whole) and same(found.local_model, whole.local_model)
+    kept = sorted(path.name for path in tmp_path.glob("*.pt"))
+    assert kept == [f"worker_{worker}.round_{number}.pt" for worker in range(3) for number in (1, 2)]
+
+
+def test_a_checkpoint_of_another_configuration(tmp_path: Path) -> None:
+    run({"rounds": 1}, checkpoint=tmp_path)
+    with pytest.raises(UserError, match=r"another configuration: its tau is 6, and is 9 here"):
+        run({"tau": 9}, checkpoint=tmp_path)
+    with pytest.raises(UserError, match=r"its shard is other examples"):
+        run(shards=[range(30)] * 3, checkpoint=tmp_path)
+    with pytest.raises(UserError, match=r"worker_0.round_0.pt is no checkpoint of this training"):
+        settings().run(plain, data(), F.cross_entropy, checkpoint=tmp_path)
+    (tmp_path / "worker_0.round_0.pt").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"worker_0.round_0.pt is no checkpoint"):
+        run(checkpoint=tmp_path)
+
+
+# Workers that diverge
+
+
+def poisoned(worker: int) -> Callable[[nn.Module], torch.optim.Optimizer]:
+    """An optimizer that makes the parameters of one worker NaN in its first step."""
+    made: list[int] = []
+
+    def make(model: nn.Module) -> torch.optim.Optimizer:
+        made.append(len(made))
+        return sgd(float("nan") if made[-1] == worker else 0.2)(model)
+
+    return make
+
+
+@pytest.mark.parametrize("method", ["ec", "ma", "e"])
+def test_a_worker_that_diverged_is_named_or_left_out(method: str) -> None:
+    with pytest.raises(UserError, match=r"worker 1 diverged in round 0.*on_nan='leave_out'"):
+        run({"method": method, "optimizer": poisoned(1)})
+    found = run({"method": method, "optimizer": poisoned(1), "on_nan": "leave_out", "rounds": 3})
+    assert [record.left_out for record in found.rounds] == [(1,), (), ()]
+    assert found.rounds[0].weights[1] == 0 or method == "ma"
+    assert len(found.rounds[0].local_losses) == 2 and len(found.rounds[1].local_losses) == 3
+    assert all(
+        record.test_loss is not None and record.test_loss == record.test_loss for record in found.rounds
+    )
+    assert "without workers 1" in str(found.rounds[0])
+
+
+def test_all_diverged() -> None:
+    with pytest.raises(UserError, match="worker 0 diverged"):
+        run({"optimizer": sgd(float("nan")), "on_nan": "leave_out"})
+
+
+# Shards
+
+
+def test_shards_are_equal_and_disjoint() -> None:
+    shards = deal(91, 4, 3)
+    assert sorted(map(len, shards)) == [22, 23, 23, 23]
+    assert sorted(number for shard in shards for number in shard) == list(range(91))
+    assert shards == deal(91, 4, 3) != deal(91, 4, 4)
+
+
+def test_sampler_goes_through_the_shard_and_can_start_anywhere() -> None:
+    shard = list(range(100, 123))
+    batches = list(ShardSampler(shard, 5, 0, 0, 8))
+    first = [number for batch in batches[:4] for number in batch]
+    assert len(set(first)) == 20 and set(first) <= set(shard)
+    assert list(ShardSampler(shard, 5, 0, 3, 4)) == batches[3:7]
+    assert list(ShardSampler(shard, 5, 1, 0, 8)) != batches
+    assert list(ShardSampler([7, 8], 5, 0, 0, 1)) in ([[7, 8]], [[8, 7]])
+
+
+def test_shards_of_unequal_size() -> None:
+    found = run(shards=[range(40), range(40, 46), range(46, 90)])
+    assert len(found.rounds) == 3 and found.rounds[-1].test_loss is not None
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"k": 0}, "k is 0"),
+        ({"tau": 0}, "tau is 0"),
+        ({"mu": 0}, "mu is 0"),
+        ({"p": 1.5}, "p is 1.5"),
+        ({"beta": -1}, "beta is -1"),
+        ({"method": "dnn"}, "method is 'dnn', expected one of ec, ma, e, s"),
+        ({"weights": "best"}, "weights is 'best'"),
+        ({"on_nan": "ignore"}, "on_nan is 'ignore'"),
+        ({"tau": 3, "p": 0.1}, r"p of 0.1 of 3 steps is no step of compression"),
+        ({"patience": 2}, "patience needs test data"),
+        ({"k": 91}, "90 examples cannot be dealt to 91 workers"),
+    ],
+)
+def test_settings_out_of_range(changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(UserError, match=text):
+        settings(**changes).run(net, data(), F.cross_entropy)
+
+
+def test_data_and_shards_that_do_not_fit() -> None:
+    with pytest.raises(UserError, match="2 shards for 3 workers"):
+        run(shards=[range(3), range(4)])
+    with pytest.raises(UserError, match="shard of worker 1 is empty"):
+        run(shards=[range(3), [], range(4)])
+    with pytest.raises(UserError, match="worker 2 names example 90 of 90"):
+        run(shards=[range(3), range(4), range(91)])
+    with pytest.raises(UserError, match=r"a generator cannot be dealt out"):
+        settings().run(net, (pair for pair in [data()]), F.cross_entropy)  # type: ignore[arg-type]
+
+
+def test_a_loss_that_takes_no_answers() -> None:
+    def loss(scores: Tensor, y: Tensor) -> Tensor:
+        return F.nll_loss(scores.log_softmax(1), y)
+
+    with pytest.raises(UserError, match=r"takes no answers \(8, 3\).*pseudo_loss="):
+        settings().run(net, data(), loss)
+    found = settings().run(net, data(), loss, pseudo_loss=F.cross_entropy)
+    assert same(found.local_model, settings().run(net, data(), F.cross_entropy).local_model)
+
+
+def test_a_loss_that_is_not_convex_is_warned_of() -> None:
+    def saturating(scores: Tensor, y: Tensor) -> Tensor:
+        hot = F.one_hot(y, 3) if not y.dtype.is_floating_point else y
+        return (1 - (-(scores - hot).square().sum(1)).exp()).mean()
+
+    with pytest.warns(UserWarning, match="not convex in the outputs"):
+        settings(rounds=1).run(net, data(), saturating)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        settings(rounds=1).run(net, data(), F.cross_entropy)
+    assert is_convex(F.mse_loss, torch.zeros(4, 3), torch.randn(4, 3))
+    assert not is_convex(saturating, torch.zeros(4, 3), torch.tensor([0, 1, 2, 0]))
+
+
+class Growing(nn.Module):
+    """Models of different output shapes: each one made has one class more."""
+
+    made = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        Growing.made += 1
+        self.head = nn.Linear(5, 3 + Growing.made)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(x)
+
+
+def test_replicas_of_different_shapes_are_refused() -> None:
+    with pytest.raises(
+        UserError, match=r"replica of worker 1 has head.weight of shape \[5, 5\], and that of worker 0"
+    ):
+        settings().run(Growing, data(), F.cross_entropy)

@@ -1,0 +1,211 @@
+"""EC-DNN with a worker in each process: the numbers of one process, lost workers, restarts."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from graphsplit.errors import UserError
+from test_ec_dnn import data, net, numbers, run, same, settings
+from test_local_processes import alone, free_port  # noqa: F401  (a fixture)
+
+SCRIPT = """
+import os, sys, time
+sys.path.insert(0, {tests!r})
+import torch
+from graphsplit.train import replicas
+from test_ec_dnn import data, net, numbers, run, settings
+
+torch.set_num_threads(1)
+folder, case = sys.argv[1], sys.argv[2]
+rank = int(os.environ["RANK"])
+flag = f"{{folder}}/died"
+train = replicas.Replica.train
+
+def dying(self, first, *rest):
+    if first >= 8 and rank == 1 and not os.path.exists(flag):
+        open(flag, "w").close()
+        os._exit(3)
+    return train(self, first, *rest)
+
+def slow(self, first, *rest):
+    # The others are in the middle of a long round when worker 1 dies.
+    if first >= 4 and rank == 1:
+        os._exit(3)
+    for _ in range(1 if first < 4 else 600):
+        found = train(self, first, *rest)
+        if first >= 4:
+            time.sleep(0.1)
+    return found
+
+if case == "dies":
+    replicas.Replica.train = dying
+if case == "slow":
+    replicas.Replica.train = slow
+found = {{}}
+try:
+    for name, changes in {cases!r}.items():
+        checkpoint = f"{{folder}}/{{name}}" if case in ("dies", "kept") else None
+        trained = run(changes, parallel=True, checkpoint=checkpoint)
+        found[name] = (
+            numbers(trained), trained.global_model.state_dict(), trained.local_model.state_dict(),
+            trained.rounds[-1].communication_seconds,
+        )
+except gs.errors.UserError as error:
+    print(error, flush=True)
+    sys.exit(4)
+torch.save(found, f"{{folder}}/{{rank}}.pt")
+"""
+
+CASES: dict[str, dict[str, object]] = {
+    "ec": {"k": 2},
+    "regression": {"k": 2, "weights": "regression", "average": "probabilities"},
+    "margin": {"k": 2, "weights": "margin", "diversity": 0.0},
+    "ma": {"k": 2, "method": "ma", "warmup": 3},
+    "e": {"k": 2, "method": "e"},
+}
+
+
+def command(folder: Path, case: str, cases: dict[str, dict[str, object]]) -> list[str]:
+    script = folder / "run.py"
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), cases=cases))
+    return [str(script), str(folder), case]
+
+
+@contextmanager
+def launched(
+    folder: Path, case: str, cases: dict[str, dict[str, object]], size: int = 2
+) -> Iterator[list[subprocess.Popen[str]]]:
+    """Processes, none of which is left behind."""
+    port = str(free_port())
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *command(folder, case, cases)],
+            env=os.environ | {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": str(size), "RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(size)
+    ]  # fmt: skip
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def check(folder: Path, rank: int, cases: dict[str, dict[str, object]]) -> None:
+    found = torch.load(folder / f"{rank}.pt", weights_only=True)
+    for name, changes in cases.items():
+        expected = run(changes)
+        records, whole, local, seconds = found[name]
+        assert records == numbers(expected), name
+        for model, state in ((expected.global_model, whole), (expected.local_model, local)):
+            assert all(torch.equal(state[key], value) for key, value in model.state_dict().items()), name
+        assert seconds > 0
+
+
+def test_the_numbers_are_those_of_one_process(tmp_path: Path) -> None:
+    """Bit for bit, also after a checkpoint."""
+    for _ in range(2):
+        with launched(tmp_path, "kept", CASES) as processes:
+            for process in processes:
+                text, _ = process.communicate(timeout=600)
+                assert process.returncode == 0, text
+        if not (tmp_path / "ec" / "worker_0.round_2.pt").exists():
+            pytest.fail("no checkpoint was written")
+        (tmp_path / "ec" / "worker_1.round_2.pt").unlink(missing_ok=True)  # it goes on from round 1
+    for rank in range(2):
+        check(tmp_path, rank, {name: CASES[name] for name in CASES if name != "ma"})
+        check(tmp_path, rank, {"ma": CASES["ma"]})
+
+
+@pytest.mark.slow
+def test_three_workers(tmp_path: Path) -> None:
+    with launched(tmp_path, "plain", {"ec": {}, "regression": {"weights": "regression"}}, 3) as processes:
+        for process in processes:
+            text, _ = process.communicate(timeout=600)
+            assert process.returncode == 0, text
+    check(tmp_path, 2, {"ec": {}, "regression": {"weights": "regression"}})
+
+
+def test_a_lost_worker_ends_the_others_within_seconds(tmp_path: Path) -> None:
+    """Also while they are in the middle of a long round."""
+    with launched(tmp_path, "slow", {"ec": {"k": 2}}) as processes:
+        processes[1].communicate(timeout=600)
+        assert processes[1].returncode == 3
+        start = time.monotonic()
+        text, _ = processes[0].communicate(timeout=120)
+        assert time.monotonic() - start < 20
+        assert processes[0].returncode == 4, text
+        assert "worker 0 lost another process" in text and "checkpoint=" in text
+
+
+def test_torchrun_brings_a_run_back_from_its_checkpoint(tmp_path: Path) -> None:
+    cases: dict[str, dict[str, object]] = {"ec": {"k": 2, "rounds": 4}}
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1"),
+            *("--master-port", str(free_port()), *command(tmp_path, "dies", cases)),
+        ],
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "died").exists()
+    check(tmp_path, 0, cases)
+
+
+def test_a_run_that_is_killed_at_any_moment_goes_on(tmp_path: Path) -> None:
+    """Killed from outside, at a moment that is not chosen."""
+    cases: dict[str, dict[str, object]] = {"ec": {"k": 2, "rounds": 40}}
+    with launched(tmp_path, "kept", cases) as processes:
+        limit = time.monotonic() + 300
+        while not (tmp_path / "ec" / "worker_1.round_3.pt").exists() and time.monotonic() < limit:
+            time.sleep(0.01)
+        for process in processes:
+            process.send_signal(signal.SIGKILL)
+    assert not (tmp_path / "0.pt").exists()
+    with launched(tmp_path, "kept", cases) as processes:
+        for process in processes:
+            text, _ = process.communicate(timeout=600)
+            assert process.returncode == 0, text
+    check(tmp_path, 1, cases)
+
+
+@pytest.mark.usefixtures("alone")
+def test_there_is_a_process_for_each_worker() -> None:
+    with pytest.raises(UserError, match=r"1 processes for 3 workers.*--nproc-per-node=3"):
+        run(parallel=True)
+
+
+@pytest.mark.usefixtures("alone")
+def test_one_process_is_enough_for_one_worker() -> None:
+    one = settings(method="s").run(net, data(), F.cross_entropy)
+    found = settings(method="s").run(net, data(), F.cross_entropy, parallel=True)
+    assert same(found.global_model, one.global_model)
+
+
+def test_chunks_are_bounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Small chunks give the same."""
+    script = SCRIPT.replace("torch.set_num_threads(1)", "torch.set_num_threads(1)\nreplicas_chunk()")
+    define = "import graphsplit.train.exchange as exchange\ndef replicas_chunk():\n    exchange.CHUNK = 100\n"
+    monkeypatch.setattr(sys.modules[__name__], "SCRIPT", define + script)
+    with launched(tmp_path, "plain", {"ec": CASES["ec"]}) as processes:
+        for process in processes:
+            text, _ = process.communicate(timeout=600)
+            assert process.returncode == 0, text
+    check(tmp_path, 0, {"ec": CASES["ec"]})
+
+
+def test_parallel_needs_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(UserError, match="needs several processes"):
+        run(parallel=True)
