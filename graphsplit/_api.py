@@ -22,7 +22,7 @@ from graphsplit._synthetic_halves import SyntheticHalves
 from graphsplit.analysis import Analysis, analyse
 from graphsplit.analysis.analysis import check_k
 from graphsplit.analysis.dealing import Prescribed, Strategy, check_shares, dealer_of
-from graphsplit.bundle import DepthBundle, EnsembleBundle, FusedBundle, MaskBundle, PartitionBundle
+from graphsplit.bundle import Bundle, DepthBundle, EnsembleBundle, FusedBundle, MaskBundle, PartitionBundle
 from graphsplit.drawing import draw as figure_of
 from graphsplit.drawing import snippet
 from graphsplit.drawing.division import ByWidth, Division
@@ -394,7 +394,6 @@ Object = (
     Partition | LayerGroups | LocalCritics | SyntheticHalves | FusedModule | Ensemble | Masks | Program
     | ProgramModule
 )  # fmt: skip
-Bundle = PartitionBundle | DepthBundle | FusedBundle | EnsembleBundle | MaskBundle
 
 
 def save(obj: Object | Bundle, path: str | Path) -> None:

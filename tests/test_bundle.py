@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import graphsplit as gs
-from graphsplit import bundle
 from graphsplit.bundle import PartitionBundle, load, program_of, save, without_weights
+from graphsplit.bundle import folder as bundle_folder
+from graphsplit.bundle import reader as bundle_reader
 from graphsplit.emission import ProgramModule, emit
 from graphsplit.errors import BundleError
 from graphsplit.program import Program, StateEntry
@@ -544,7 +545,7 @@ def test_an_interrupted_write_leaves_nothing(
         save(traced("gpt"), place)
     before = sorted(tmp_path.rglob("*"))
     bytes_before = content(place) if present else None
-    monkeypatch.setattr(bundle, writer, failing(getattr(bundle, writer), error, after))
+    monkeypatch.setattr(bundle_folder, writer, failing(getattr(bundle_folder, writer), error, after))
     with pytest.raises(BundleError if isinstance(error, OSError) else type(error)):
         save(partitioned(), place)
     monkeypatch.undo()
@@ -557,20 +558,20 @@ def test_an_interrupted_write_leaves_nothing(
 def test_a_folder_that_appears_meanwhile_is_not_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = bundle._write_tensors
+    write = bundle_folder._write_tensors
 
     def slow(path: Path, tensors: Any) -> None:
         write(path, tensors)
         foreign(tmp_path / "b")
 
-    monkeypatch.setattr(bundle, "_write_tensors", slow)
+    monkeypatch.setattr(bundle_folder, "_write_tensors", slow)
     with pytest.raises(BundleError, match=r"is neither empty nor a graphsplit bundle"):
         save(traced("mlp"), tmp_path / "b")
     assert sorted(tmp_path.rglob("*")) == [tmp_path / "b", tmp_path / "b" / "thesis.tex"]
 
 
 def test_a_full_disk_is_said_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bundle, "_write_bytes", failing(bundle._write_bytes, FAILURES[0], 0))
+    monkeypatch.setattr(bundle_folder, "_write_bytes", failing(bundle_folder._write_bytes, FAILURES[0], 0))
     with pytest.raises(BundleError, match=r"the bundle .* cannot be written: No space left on device$"):
         save(traced("mlp"), tmp_path / "b")
 
@@ -605,7 +606,7 @@ def test_every_file_is_forced_to_disk_before_the_exchange(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []
-    sync, rename = bundle._sync, Path.rename
+    sync, rename = bundle_folder._sync, Path.rename
 
     def noted_sync(path: Path) -> None:
         events.append(path.name)
@@ -615,7 +616,7 @@ def test_every_file_is_forced_to_disk_before_the_exchange(
         events.append("rename")
         return rename(path, to)
 
-    monkeypatch.setattr(bundle, "_sync", noted_sync)
+    monkeypatch.setattr(bundle_folder, "_sync", noted_sync)
     monkeypatch.setattr(Path, "rename", noted_rename)
     save(traced("mlp"), tmp_path / "b")
     first = events.index("rename")
@@ -638,8 +639,8 @@ def refusal(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     def parse(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("parsed before it was checked")
 
-    monkeypatch.setattr(bundle, "program_from_data", parse)
-    monkeypatch.setattr(bundle, "safe_open", parse)
+    monkeypatch.setattr(bundle_reader, "program_from_data", parse)
+    monkeypatch.setattr(bundle_reader, "safe_open", parse)
     monkeypatch.setattr(gs.PartitionPlan, "from_json", parse)
     with pytest.raises(BundleError) as caught:
         load(folder)
@@ -653,7 +654,7 @@ def resealed(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     manifest = json.loads((folder / "manifest.json").read_bytes())
     del manifest["digest"]
     change(manifest)
-    (folder / "manifest.json").write_bytes(bundle._sealed(manifest))
+    (folder / "manifest.json").write_bytes(bundle_folder.sealed(manifest))
 
 
 FILES = (
