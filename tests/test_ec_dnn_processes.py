@@ -21,6 +21,7 @@ SCRIPT = """
 import os, sys, time
 sys.path.insert(0, {tests!r})
 import torch
+import graphsplit as gs
 from graphsplit.train import replicas
 from test_ec_dnn import data, net, numbers, run, settings
 
@@ -195,9 +196,9 @@ def test_one_process_is_enough_for_one_worker() -> None:
 
 def test_chunks_are_bounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Small chunks give the same."""
-    script = SCRIPT.replace("torch.set_num_threads(1)", "torch.set_num_threads(1)\nreplicas_chunk()")
-    define = "import graphsplit.train.exchange as exchange\ndef replicas_chunk():\n    exchange.CHUNK = 100\n"
-    monkeypatch.setattr(sys.modules[__name__], "SCRIPT", define + script)
+    small = "import graphsplit.train.exchange as exchange\nexchange.CHUNK = 100\n"
+    script = SCRIPT.replace("torch.set_num_threads(1)\n", f"torch.set_num_threads(1)\n{small}")
+    monkeypatch.setattr(sys.modules[__name__], "SCRIPT", script)
     with launched(tmp_path, "plain", {"ec": CASES["ec"]}) as processes:
         for process in processes:
             text, _ = process.communicate(timeout=600)

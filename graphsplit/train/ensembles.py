@@ -8,8 +8,8 @@ Sun & Liu, "Ensemble-compression: a new method for parallel training of deep neu
 3. compression (eq. 10): each replica follows true targets and the ensemble's answers on a share of its shard.
 
 The compressed replicas start the next round. In the same harness: averages of parameters in place of
-ensembles (MA-DNN, by torch's `PeriodicModelAverager`; post-local SGD), an ensemble without compression, and
-one model.
+ensembles (MA-DNN, by the averaging of torch's `PeriodicModelAverager`; post-local SGD), an ensemble without
+compression, and one model.
 """
 
 from __future__ import annotations
