@@ -104,9 +104,6 @@ class Together:
         """A value of each process."""
         return [value]
 
-    def check(self) -> None:
-        """Nobody can be lost."""
-
 
 class Apart(Together):
     """One worker in this process, the others in those that torchrun started."""
@@ -115,7 +112,7 @@ class Apart(Together):
         super().__init__([mine], k)
         self._rank = mine.number
         self._device = torch.device("cpu") if dist.get_backend() == "gloo" else mine.task.device
-        self._watch = watch
+        mine.alive = watch.check
 
     @property
     def leads(self) -> bool:
@@ -164,10 +161,6 @@ class Apart(Together):
     def everywhere(self, value: Any) -> list[Any]:
         """A value of each process."""
         return self.gather({self._rank: value})
-
-    def check(self) -> None:
-        """Raise where another process is gone."""
-        self._watch.check()
 
     def _naming(self) -> Any:
         return naming_the_lost(f"worker {self._rank}")
