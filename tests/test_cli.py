@@ -809,7 +809,7 @@ def test_every_example_says_how_to_run_it_and_has_a_test() -> None:
     names = {path.stem for path in EXAMPLES.glob("*.py")}
     assert names == {
         *("char_lstm", "gpt2", "lenet", "paper_cifar10", "paper_mnist", "pipeline", "resnet50", "small_gpt"),
-        *("local_critics", "synthetic_labels", "train_apart_then_merge", "train_fused"),
+        *("ec_dnn", "local_critics", "synthetic_labels", "train_apart_then_merge", "train_fused"),
     }
     for name in names:
         text = (EXAMPLES / f"{name}.py").read_text()

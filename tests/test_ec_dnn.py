@@ -20,6 +20,7 @@ from graphsplit.train.ensembles import _Run
 from graphsplit.train.learner import Learning
 from graphsplit.train.replicas import Labels, Replica, Task, is_convex, tensors_of
 from graphsplit.train.sharding import Examples, ShardSampler, deal
+from laws import script
 
 EC = gs.train.EnsembleCompression
 
@@ -549,3 +550,12 @@ def test_replicas_of_different_shapes_are_refused() -> None:
         UserError, match=r"replica of worker 1 has head.weight of shape \[5, 5\], and that of worker 0"
     ):
         settings().run(Growing, data(), F.cross_entropy)
+
+
+# The example
+
+
+def test_example(capsys: pytest.CaptureFixture[str]) -> None:
+    found = script("ec_dnn").main(["-k", "2", "--rounds", "3", "--tau", "40"])
+    assert found.rounds[-1].test_error < 0.25
+    assert "fused to one module" in capsys.readouterr().out

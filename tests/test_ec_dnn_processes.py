@@ -21,6 +21,7 @@ SCRIPT = """
 import os, sys, time
 sys.path.insert(0, {tests!r})
 import torch
+import graphsplit as gs
 from graphsplit.train import replicas
 from test_ec_dnn import data, net, numbers, run, settings
 
@@ -36,25 +37,29 @@ def dying(self, first, *rest):
         os._exit(3)
     return train(self, first, *rest)
 
-def slow(self, first, *rest):
-    # The others are in the middle of a long round when worker 1 dies.
-    if first >= 4 and rank == 1:
-        os._exit(3)
-    for _ in range(1 if first < 4 else 600):
-        found = train(self, first, *rest)
-        if first >= 4:
-            time.sleep(0.1)
-    return found
+class Slow(torch.nn.Module):
+    # Worker 0 is in the middle of a long round when worker 1 dies.
+    def __init__(self):
+        super().__init__()
+        self.body, self.steps = net(), 0
+
+    def forward(self, x):
+        self.steps += 1
+        if rank == 1 and self.steps == 3:
+            os._exit(3)
+        time.sleep(0.2)
+        return self.body(x)
 
 if case == "dies":
     replicas.Replica.train = dying
-if case == "slow":
-    replicas.Replica.train = slow
 found = {{}}
 try:
     for name, changes in {cases!r}.items():
         checkpoint = f"{{folder}}/{{name}}" if case in ("dies", "kept") else None
-        trained = run(changes, parallel=True, checkpoint=checkpoint)
+        if case == "slow":
+            trained = settings(**changes).run(Slow, data(), torch.nn.functional.cross_entropy, parallel=True)
+        else:
+            trained = run(changes, parallel=True, checkpoint=checkpoint)
         found[name] = (
             numbers(trained), trained.global_model.state_dict(), trained.local_model.state_dict(),
             trained.rounds[-1].communication_seconds,
@@ -139,7 +144,7 @@ def test_three_workers(tmp_path: Path) -> None:
 
 def test_a_lost_worker_ends_the_others_within_seconds(tmp_path: Path) -> None:
     """Also while they are in the middle of a long round."""
-    with launched(tmp_path, "slow", {"ec": {"k": 2}}) as processes:
+    with launched(tmp_path, "slow", {"ec": {"k": 2, "tau": 1000}}) as processes:
         processes[1].communicate(timeout=600)
         assert processes[1].returncode == 3
         start = time.monotonic()
@@ -195,9 +200,9 @@ def test_one_process_is_enough_for_one_worker() -> None:
 
 def test_chunks_are_bounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Small chunks give the same."""
-    script = SCRIPT.replace("torch.set_num_threads(1)", "torch.set_num_threads(1)\nreplicas_chunk()")
-    define = "import graphsplit.train.exchange as exchange\ndef replicas_chunk():\n    exchange.CHUNK = 100\n"
-    monkeypatch.setattr(sys.modules[__name__], "SCRIPT", define + script)
+    small = "import graphsplit.train.exchange as exchange\nexchange.CHUNK = 100\n"
+    script = SCRIPT.replace("torch.set_num_threads(1)\n", f"torch.set_num_threads(1)\n{small}")
+    monkeypatch.setattr(sys.modules[__name__], "SCRIPT", script)
     with launched(tmp_path, "plain", {"ec": CASES["ec"]}) as processes:
         for process in processes:
             text, _ = process.communicate(timeout=600)

@@ -196,11 +196,13 @@ def test_groups_go_through_the_pipelines_of_torch(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def alone(monkeypatch: pytest.MonkeyPatch) -> int:
+def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     port = free_port()
     for name, value in {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": 1, "RANK": 0}.items():
         monkeypatch.setenv(name, str(value))
-    return port
+    yield port
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.usefixtures("alone")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -83,3 +83,19 @@ class Checkpoints:
 
 
 _NUMBER = re.compile(r"_(\d+)\.pt$")
+
+
+def check_same(there: Mapping[str, Any], here: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a checkpoint that was made with other settings.
+
+    Raises:
+        UserError: The first setting that differs.
+    """
+    for name, value in here.items():
+        if there.get(name) != value:
+            long = isinstance(value, list)
+            what = "other examples" if long else f"{there.get(name)}, and is {value} here"
+            raise UserError(
+                f"{folder} is a checkpoint of another configuration: its {name} is {what}",
+                hint="give the same settings and data, or another folder",
+            )

@@ -8,8 +8,8 @@ Sun & Liu, "Ensemble-compression: a new method for parallel training of deep neu
 3. compression (eq. 10): each replica follows true targets and the ensemble's answers on a share of its shard.
 
 The compressed replicas start the next round. In the same harness: averages of parameters in place of
-ensembles (MA-DNN, by torch's `PeriodicModelAverager`; post-local SGD), an ensemble without compression, and
-one model.
+ensembles (MA-DNN, by the averaging of torch's `PeriodicModelAverager`; post-local SGD), an ensemble without
+compression, and one model.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from graphsplit.ensembles import Average, Ensemble, InTurn, LeastSquares
 from graphsplit.errors import UserError
-from graphsplit.train.checkpoints import Checkpoints
+from graphsplit.train.checkpoints import Checkpoints, check_same
 from graphsplit.train.exchange import Apart, Together, mean_buffers
 from graphsplit.train.learner import Learning
 from graphsplit.train.loop import Batches, Metric, call, evaluate, seed_epoch
@@ -385,7 +385,6 @@ class _Run:
             for replica in workers.mine:
                 found = replica.train(start, steps, settings.diversity, means.get(replica.number))
                 sums[replica.number] += found * steps
-            workers.check()
             if start < first + warm:
                 workers.average()
         return workers.gather({worker: total / max(count, 1) for worker, total in sums.items()})
@@ -475,7 +474,6 @@ class _Run:
             sampler = self._relabelled(replica, number)
             labels = replica.answers(sampler, team, own, settings.weights, settings.average)
             found[replica.number] = replica.compress(sampler, number, settings.alpha, settings.beta, labels)
-        self.workers.check()
         return self.workers.gather(found)
 
     # Tests
@@ -568,7 +566,7 @@ class _Run:
         mine = [replica.number for replica in self.workers.mine]
         return Checkpoints(folder, "worker", "round", mine, self.workers.everywhere)
 
-    def _facts(self) -> dict[str, Any]:
+    def _facts(self, replica: Replica) -> dict[str, Any]:
         """Settings on which the numbers depend, as plain data."""
         made_by_functions = {"optimizer", "scheduler", "device", "rounds", "patience"}
         settings = {
@@ -576,13 +574,13 @@ class _Run:
             for name, value in vars(self.settings).items()
             if name not in made_by_functions
         }
-        return settings | {"examples": len(self.task.examples)}
+        return settings | {"examples": len(self.task.examples), "shard": list(replica.shard)}
 
     def _save(self, store: Checkpoints, number: int) -> None:
         rounds = [asdict(record) for record in self.rounds]
         for replica in self.workers.mine:
-            state = {"settings": self._facts(), "shard": list(replica.shard), "rounds": rounds}
-            store.save(number, replica.number, state | {"replica": replica.state_dict()})
+            state = {"settings": self._facts(replica), "rounds": rounds, "replica": replica.state_dict()}
+            store.save(number, replica.number, state)
 
     def _resume(self, store: Checkpoints) -> int:
         """Load the newest round that every worker has; the number of the round to go on with."""
@@ -591,21 +589,10 @@ class _Run:
             return 0
         for replica in self.workers.mine:
             with store.loading(found, replica.number, self.task.device) as state:
-                _check_same(state, self._facts() | {"shard": list(replica.shard)}, store.folder)
+                check_same(state["settings"], self._facts(replica), store.folder)
                 replica.load_state_dict(state["replica"])
                 self.rounds = [Round(**record) for record in state["rounds"]]
         return found + 1
-
-
-def _check_same(state: Mapping[str, Any], own: Mapping[str, Any], folder: Path) -> None:
-    there = {**state["settings"], "shard": state["shard"]}
-    for name, value in own.items():
-        if there.get(name) != value:
-            what = "other examples" if name == "shard" else f"{there.get(name)}, and is {value} here"
-            raise UserError(
-                f"{folder} is a checkpoint of another configuration: its {name} is {what}",
-                hint="give the same settings and data, or another folder",
-            )
 
 
 def _check_alike(workers: Together) -> None:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+from torch.distributed.algorithms.model_averaging.utils import average_parameters
 
 from graphsplit.train.processes import Watch, gather, naming_the_lost, share
 from graphsplit.train.replicas import Replica, put_tensors
@@ -104,9 +104,6 @@ class Together:
         """A value of each process."""
         return [value]
 
-    def check(self) -> None:
-        """Nobody can be lost."""
-
 
 class Apart(Together):
     """One worker in this process, the others in those that torchrun started."""
@@ -115,7 +112,7 @@ class Apart(Together):
         super().__init__([mine], k)
         self._rank = mine.number
         self._device = torch.device("cpu") if dist.get_backend() == "gloo" else mine.task.device
-        self._watch = watch
+        mine.alive = watch.check
 
     @property
     def leads(self) -> bool:
@@ -149,12 +146,11 @@ class Apart(Together):
         self.counter.bytes += self.k * (self.k - 1) * len(flat)
 
     def average(self) -> None:
-        """The same by torch's own averager."""
+        """The same by torch's own averaging."""
         parameters = [p for p in self.mine[0].model.parameters() if p.requires_grad]
         with self._naming(), self.counter.timing():
-            PeriodicModelAverager(period=1).average_parameters(
-                parameters
-            )  # every time: rounds are counted here
+            # What PeriodicModelAverager calls, which leaves out parameters without a gradient.
+            average_parameters(iter(parameters), cast(dist.ProcessGroup, dist.group.WORLD))
         self.counter.bytes += 2 * (self.k - 1) * sum(parameter.nbytes for parameter in parameters)
 
     def shared(self, value: Any) -> Any:
@@ -165,10 +161,6 @@ class Apart(Together):
     def everywhere(self, value: Any) -> list[Any]:
         """A value of each process."""
         return self.gather({self._rank: value})
-
-    def check(self) -> None:
-        """Raise where another process is gone."""
-        self._watch.check()
 
     def _naming(self) -> Any:
         return naming_the_lost(f"worker {self._rank}")

@@ -45,6 +45,8 @@ class Settings:
     step_every_batch: bool
     seed: int
     on_epoch: Callable[[Epoch], None] | None
+    alive: Callable[[], None] | None = None
+    """Called for every batch; raises where another process is gone."""
 
 
 def fit(
@@ -141,6 +143,8 @@ def _epoch(
     examples = 0
     start = time.perf_counter()
     for batch in data:
+        if settings.alive is not None:
+            settings.alive()
         inputs, targets, size = read_batch(settings.device, batch)
         optimizer.zero_grad()
         outputs = call(model, inputs)

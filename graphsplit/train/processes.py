@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
 import threading
@@ -21,14 +22,25 @@ PATIENCE = timedelta(days=30)
 
 @contextmanager
 def process_group() -> Iterator[tuple[int, int]]:
-    """Rank and number of processes; a gloo group is made, and taken down, where there is none.
+    """Rank and number of processes; a gloo group is made where there is none.
+
+    It is kept for what is trained next, as processes that meet a second time may find what is left of the
+    first meeting. Where training fails, or at the end of the process, it is taken down.
 
     Raises:
         UserError: This process was not started by torchrun, or the processes cannot meet.
     """
-    if dist.is_initialized():
+    if not dist.is_initialized():
+        _meet()
+    try:
         yield dist.get_rank(), dist.get_world_size()
-        return
+    except BaseException:
+        _part()
+        raise
+
+
+def _meet() -> None:
+    """Make the default group."""
     if not dist.is_torchelastic_launched() and "MASTER_ADDR" not in os.environ:
         raise UserError(
             "training in parallel needs several processes",
@@ -42,10 +54,18 @@ def process_group() -> Iterator[tuple[int, int]]:
             f"the processes cannot meet at {where}: {first_line(error)}",
             hint="is the port in use? torchrun --standalone, or another --master-port, helps",
         ) from error
-    try:
-        yield dist.get_rank(), dist.get_world_size()
-    finally:
+    _ours.append(dist.group.WORLD)
+    atexit.register(_part)
+
+
+def _part() -> None:
+    """Take the default group down, if it is ours."""
+    if dist.is_initialized() and dist.group.WORLD in _ours:
+        _ours.clear()
         dist.destroy_process_group()
+
+
+_ours: list[dist.ProcessGroup | None] = []
 
 
 @contextmanager
@@ -108,6 +128,7 @@ class Watch:
                 dist.send(torch.zeros(1), (self._rank + 1) % self._world, group=self._group)
             self._thread.join()
             self.check()
+        dist.destroy_process_group(self._group)
 
 
 def gather(mine: dict[int, Any], count: int) -> list[Any]:

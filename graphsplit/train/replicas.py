@@ -87,6 +87,7 @@ class Replica:
         learner: The model with its optimizer.
         shard: Numbers of its examples.
         grown: Its tensors at the last aggregation.
+        alive: Called for every batch; raises where another process is gone.
         seconds: Wall time of the present round.
     """
 
@@ -99,6 +100,7 @@ class Replica:
         self._learning = learning
         self.learner = Learner(model, learning.optimizer, learning)
         self.grown: dict[str, Tensor] = {}
+        self.alive: Callable[[], None] = lambda: None
         self.seconds = 0.0
 
     @property
@@ -170,6 +172,7 @@ class Replica:
         with torch.random.fork_rng():
             seed_epoch(task.seed, self.number, 2 * moment[0] + moment[1], ())
             for numbers, inputs, targets in task.examples.read(sampler, task.device):
+                self.alive()
                 with autocast(task.device, self._learning.amp):
                     outputs = call(self.model, inputs)
                     loss = task.loss(outputs, targets)
@@ -227,6 +230,7 @@ class Replica:
             for member in team:
                 modes.enter_context(evaluating(member))
             for own, inputs, targets in self.task.examples.read(batches, self.task.device):
+                self.alive()
                 use(own, targets, stacked([main_output(call(member, inputs)) for member in team]))
         self.seconds += time.perf_counter() - start
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -14,9 +15,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils import _pytree as pytree
 
 from graphsplit.errors import UserError
+from graphsplit.train.checkpoints import Checkpoints, check_same
 from graphsplit.train.history import Epoch, History
 from graphsplit.train.loop import Batches, Metric, SchedulerFactory, Settings, run_epochs
-from graphsplit.train.processes import gather, process_group, share
+from graphsplit.train.processes import Watch, gather, naming_the_lost, process_group, share
 
 if TYPE_CHECKING:
     from graphsplit._api import Partition
@@ -116,39 +118,46 @@ class PartitionSchedule:
         self._scheduler = scheduler
         self._settings = Settings(loss, error, torch.device(device), step_every_batch, seed, on_epoch)
 
-    def fit(self, data: Batches, test: Batches | None = None) -> Trained:
+    def fit(
+        self, data: Batches, test: Batches | None = None, *, checkpoint: str | Path | None = None
+    ) -> Trained:
         """Run the schedule.
 
         Args:
             data: Batches of ``(inputs, targets)``, iterated over once in every epoch of every model. A
                 DataLoader that shuffles does so by the schedule's seed.
             test: Batches to evaluate on after every epoch; its time is not counted.
+            checkpoint: A folder to save every epoch of every model in, and to go on from: a run that was
+                killed ends bit-equal to one that was not.
 
         Raises:
-            UserError: The data gives nothing, or ``mode="parallel"`` without torchrun.
+            UserError: The data gives nothing, ``mode="parallel"`` without torchrun, another process is gone,
+                or a checkpoint is of another training.
         """
+        folder = None if checkpoint is None else Path(checkpoint)
         if self.mode == "in_turn":
-            states = [self._train_part(part, data, test) for part in range(self.partition.k)]
-            return self._finish(self._merge(states), data, test)
+            run = _Fit(self, data, test, folder)
+            return run.finish(self._merge([run.train_part(part) for part in range(self.partition.k)]))
         with process_group() as (rank, world):
-            mine = {part: self._train_part(part, data, test) for part in range(rank, self.partition.k, world)}
-            merging = self._merge(gather(mine, self.partition.k))
+            who = f"process {rank}"
+            watch = Watch(who)
+            run = _Fit(self, data, test, folder, watch)
+            mine = {part: run.train_part(part) for part in range(rank, self.partition.k, world)}
+            with naming_the_lost(who):
+                states = gather(mine, self.partition.k)
+            merging = self._merge(states)
             if rank == 0:
-                trained = self._finish(merging, data, test)
-                share([_to_cpu(merging.take()), trained.history.epochs])
-                return trained
-            state, epochs = share(None)
-            merging.put(state)
-            return Trained(
-                merging.model, merging.optimizer, merging.submodels, History(epochs, merging.seconds)
-            )
-
-    def _train_part(self, part: int, data: Batches, test: Batches | None) -> _State:
-        """Train one sub-model for its epochs."""
-        submodel = copy.deepcopy(self.partition.submodels[part])
-        trainee = self._trainee(submodel)
-        epochs = run_epochs(*trainee.parts(), self._settings, data, test, range(self.merge_at), part=part)
-        return _State(_to_cpu(trainee.take()), epochs)
+                trained = run.finish(merging)
+                with naming_the_lost(who):
+                    share([_to_cpu(merging.take()), trained.history.epochs])
+            else:
+                with naming_the_lost(who):
+                    state, epochs = share(None)
+                merging.put(state)
+                history = History(epochs, merging.seconds)
+                trained = Trained(merging.model, merging.optimizer, merging.submodels, history)
+            watch.close()
+            return trained
 
     def _trainee(self, model: nn.Module) -> _Trainee:
         with torch.random.fork_rng():
@@ -175,11 +184,70 @@ class PartitionSchedule:
             whole.model, whole.optimizer, whole.scheduler, submodels, epochs, time.perf_counter() - start
         )
 
-    def _finish(self, merging: _Merging, data: Batches, test: Batches | None) -> Trained:
-        numbers = range(self.merge_at, self.epochs)
-        epochs = run_epochs(*merging.parts(), self._settings, data, test, numbers, part=None)
+
+class _Fit:
+    """One run of a schedule on its data."""
+
+    def __init__(
+        self,
+        schedule: PartitionSchedule,
+        data: Batches,
+        test: Batches | None,
+        folder: Path | None,
+        watch: Watch | None = None,
+    ) -> None:
+        self._schedule = schedule
+        self._data = data
+        self._test = test
+        self._folder = folder
+        self._settings = replace(schedule._settings, alive=None if watch is None else watch.check)
+
+    def train_part(self, part: int) -> _State:
+        """Train one sub-model for its epochs."""
+        schedule = self._schedule
+        trainee = schedule._trainee(copy.deepcopy(schedule.partition.submodels[part]))
+        epochs = self._train(trainee, range(schedule.merge_at), part)
+        return _State(_to_cpu(trainee.take()), epochs)
+
+    def finish(self, merging: _Merging) -> Trained:
+        """Train the full model for the rest of the epochs."""
+        epochs = self._train(merging, range(self._schedule.merge_at, self._schedule.epochs), None)
         history = History([*merging.epochs, *epochs], merging.seconds)
         return Trained(merging.model, merging.optimizer, merging.submodels, history)
+
+    def _train(self, trainee: _Trainee, numbers: range, part: int | None) -> list[Epoch]:
+        """Epochs of one model, from its last checkpoint on."""
+        if self._folder is None:
+            return run_epochs(*trainee.parts(), self._settings, self._data, self._test, numbers, part=part)
+        number = self._schedule.partition.k if part is None else part  # the full model comes last
+        store = Checkpoints(self._folder, "part", "epoch", [number], lambda value: [value])
+        epochs: list[Epoch] = []
+        found = store.newest()
+        if found is not None:
+            with store.loading(found, number, self._settings.device) as state:
+                check_same(state["facts"], self._facts(), self._folder)
+                trainee.put(state["values"])
+                epochs = [Epoch(**row) for row in state["epochs"]]
+
+        def keep(epoch: Epoch) -> None:
+            epochs.append(epoch)
+            values = {"values": _to_cpu(trainee.take()), "epochs": [asdict(row) for row in epochs]}
+            store.save(epoch.number, number, {"facts": self._facts(), **values})
+            if self._settings.on_epoch is not None:
+                self._settings.on_epoch(epoch)
+
+        settings = replace(self._settings, on_epoch=keep)
+        left = range(numbers.start if found is None else found + 1, numbers.stop)
+        run_epochs(*trainee.parts(), settings, self._data, self._test, left, part=part)
+        return epochs
+
+    def _facts(self) -> dict[str, Any]:
+        """What the numbers depend on."""
+        schedule = self._schedule
+        return {
+            "k": schedule.partition.k, "merge_at": schedule.merge_at, "duplicate": schedule.duplicate,
+            "seed": self._settings.seed, "step_every_batch": self._settings.step_every_batch,
+        }  # fmt: skip
 
 
 @dataclass
