@@ -34,11 +34,10 @@ Written by `python benchmarks/sparsify.py`, {date}: torch {torch}, Python {pytho
 {seconds:.0f} s.
 
 The digits of scikit-learn (1,437 to train on, 360 to test), 64-300-100-10 with ReLU and Glorot's normal
-weights, {seeds} seeds, {epochs} epochs of SGD with momentum 0.9 and weight decay {decay} in batches
-of {batch}, learning rate {rate} falling linearly to zero. SNIP and GraSP see all training images as a
-batch, in train mode; SynFlow takes 100 rounds; all rank all weights together. Test error in percent, mean and
-standard deviation over the seeds; in brackets the largest number of layers, in any seed, of which nothing was
-left.
+weights, {seeds} seeds, {epochs} epochs of SGD with momentum 0.9 and weight decay {decay} in batches of
+{batch}, learning rate {rate} falling linearly to zero. SNIP and GraSP see all training images as a batch, in
+train mode; SynFlow takes 100 rounds; all rank all weights together. Test error in percent, mean and standard
+deviation over the seeds; in brackets the largest number of layers, in any seed, of which nothing was left.
 
 | | {heads} |
 | --- | {lines} |
@@ -136,7 +135,8 @@ def main() -> None:
     options.out.write_text(
         TEXT.format(
             date=datetime.date.today(), torch=torch.__version__, python=platform.python_version(),
-            seconds=time.perf_counter() - start, seeds=options.seeds, epochs=options.epochs, batch=BATCH,
+            seconds=time.perf_counter() - start, seeds=options.seeds,
+            epochs=options.epochs, batch=BATCH,
             rate=RATE, decay=DECAY, heads=" | ".join(f"{s:.0%}" for s in SPARSITIES),
             lines=" | ".join("---" for _ in SPARSITIES),
             dense=" | ".join([shown(errors_of["dense", 0.0]), *("" for _ in SPARSITIES[1:])]),

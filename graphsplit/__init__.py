@@ -8,6 +8,7 @@ from graphsplit._layer_groups import LayerGroups, layer_groups
 from graphsplit._local_critics import LocalCritics, local_critics
 from graphsplit._prune_units import PrunedUnits, prune_units
 from graphsplit._sparsify import Masks, sparsify
+from graphsplit._study import Study, study
 from graphsplit._synthetic_halves import SyntheticHalves, synthetic_halves
 from graphsplit.emission import ProgramModule, emit
 from graphsplit.ensembles import Ensemble
@@ -31,6 +32,7 @@ __all__ = [
     "Program",
     "ProgramModule",
     "PrunedUnits",
+    "Study",
     "SyntheticHalves",
     "data",
     "draw",
@@ -47,6 +49,7 @@ __all__ = [
     "prune_units",
     "save",
     "sparsify",
+    "study",
     "synthetic_halves",
     "trace",
     "train",

@@ -37,7 +37,7 @@ from graphsplit.analysis.units import Ids, varying
 from graphsplit.builder import GraphBuilder
 from graphsplit.costs import Watched
 from graphsplit.emission import random_state
-from graphsplit.errors import PartitionError
+from graphsplit.errors import PartitionError, UnsupportedError
 from graphsplit.passes.base import Pass, PassResult, Programs
 from graphsplit.passes.partition import extract, extract_graph
 from graphsplit.plan import PartitionPlan
@@ -149,10 +149,14 @@ def prune_units(
         culprit = _first_difference(analysis, example)
         if culprit is None:
             return Pruned(program, analysis, axes, kept)
-        held += [
-            (ids, varying(ids), f"would change what {_place(culprit)} computes")
-            for ids in _units_at(inference, culprit)
-        ]
+        ids = _units_at(inference, culprit)
+        if not any((analysis.assignment.part[one] == DROPPED).any() for one in ids):
+            raise UnsupportedError(
+                f"{op_name(culprit)} would compute something else without the dropped units",
+                where=str(source_of(culprit)),
+                hint="keep what it computes from whole, as an output of the model, or prune weights",
+            )
+        held += [(one, varying(one), f"would change what {_place(culprit)} computes") for one in ids]
 
 
 def _is_share(amount: object) -> bool:
@@ -278,12 +282,12 @@ class _Values(Watched):
     def __init__(self, graph: fx.Graph, state: Mapping[str, Tensor], training: bool) -> None:
         super().__init__(graph, state)
         self.training = training
-        self.seen: dict[str, Any] = {}
+        self.seen: list[Any] = []
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run one node and write its value down."""
+        """Run one node and write its value down, in the order of the graph."""
         value = super().run_node(n)
-        self.seen[n.name] = value
+        self.seen.append(value)
         return value
 
 
@@ -302,8 +306,8 @@ def _first_difference(analysis: Analysis, example: Example | None) -> fx.Node | 
     graphs = analysis.program.graphs
     for number, graph in enumerate(graphs):
         become: dict[fx.Node, fx.Node] = {}
-        extract_graph(analysis, graph, KEPT, GraphBuilder({}), become)
-        names = {node: new.name for node, new in become.items() if node.op == "call_function"}
+        built = extract_graph(analysis, graph, KEPT, GraphBuilder({}), become).graph
+        places = [{node: place for place, node in enumerate(g.nodes)} for g in (graph, built)]
         for training in modes if len(graphs) == 1 else modes[number : number + 1]:
             runs = []
             for program in (full, small):
@@ -312,8 +316,11 @@ def _first_difference(analysis: Analysis, example: Example | None) -> fx.Node | 
                 with torch.no_grad():
                     run.run(*(x.clone() for x in inputs))
                 runs.append(run.seen)
-            for node, name in names.items():
-                if name in runs[1] and _differs(analysis, node, runs[0][node.name], runs[1][name]):
+            for node, new in become.items():
+                if node.op != "call_function" or new not in places[1]:
+                    continue  # inputs and state; what nothing uses
+                before, after = runs[0][places[0][node]], runs[1][places[1][new]]
+                if _differs(analysis, node, before, after):
                     return node
     return None
 

@@ -75,6 +75,7 @@ class PerModelSGD(_PerModel):
         rate: Learning rate.
         momentum: Of the running sum of gradients.
         weight_decay: Added to the gradient, times the parameter.
+        nesterov: Look ahead along the running sum, for all models.
 
     Raises:
         UserError: A setting is negative, or has another number of values than there are models.
@@ -86,7 +87,9 @@ class PerModelSGD(_PerModel):
         rate: Setting = 1e-3,
         momentum: Setting = 0.0,
         weight_decay: Setting = 0.0,
+        nesterov: bool = False,
     ) -> None:
+        self.nesterov = nesterov
         settings = {"rate": rate, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(parameters, settings)
 
@@ -97,7 +100,8 @@ class PerModelSGD(_PerModel):
                 state["momentum_buffer"] = g.clone()
             else:
                 state["momentum_buffer"].mul_(_along(group["momentum"], p)).add_(g)
-            g = state["momentum_buffer"]
+            buffer = state["momentum_buffer"]
+            g = g + _along(group["momentum"], p) * buffer if self.nesterov else buffer
         p.sub_(group["lr"] * _along(group["rate"], p) * g)
 
 
