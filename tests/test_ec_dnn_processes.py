@@ -70,6 +70,29 @@ except gs.errors.UserError as error:
 torch.save(found, f"{{folder}}/{{rank}}.pt")
 """
 
+PARTS = """
+import os, sys, time
+sys.path.insert(0, {tests!r})
+import graphsplit as gs
+from test_train import batches, divide, schedule
+
+rank = int(os.environ["RANK"])
+
+class Slow:
+    def __iter__(self):
+        for number, batch in enumerate(batches() * 100):
+            if rank == 1 and number == 3:
+                os._exit(3)
+            time.sleep(0.2)
+            yield batch
+
+try:
+    schedule(divide(), mode="parallel").fit(Slow())
+except gs.errors.UserError as error:
+    print(error, flush=True)
+    sys.exit(4)
+"""
+
 CASES: dict[str, dict[str, object]] = {
     "ec": {"k": 2},
     "regression": {"k": 2, "weights": "regression", "average": "probabilities"},
@@ -152,6 +175,17 @@ def test_a_lost_worker_ends_the_others_within_seconds(tmp_path: Path) -> None:
         assert time.monotonic() - start < 20
         assert processes[0].returncode == 4, text
         assert "worker 0 lost another process" in text and "checkpoint=" in text
+
+
+def test_so_with_a_schedule_of_submodels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "SCRIPT", PARTS)
+    with launched(tmp_path, "", {}) as processes:
+        processes[1].communicate(timeout=600)
+        assert processes[1].returncode == 3
+        start = time.monotonic()
+        text, _ = processes[0].communicate(timeout=120)
+        assert time.monotonic() - start < 20
+        assert processes[0].returncode == 4 and "process 0 lost another process" in text, text
 
 
 def test_torchrun_brings_a_run_back_from_its_checkpoint(tmp_path: Path) -> None:

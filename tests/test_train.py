@@ -197,6 +197,51 @@ def test_inputs_by_keyword_and_several_targets() -> None:
     assert [epoch.examples for epoch in trained.history.epochs] == [16] * 3
 
 
+class Killed(Exception):
+    """A run ends here."""
+
+
+def plain(history: History) -> list[tuple[object, ...]]:
+    """All that does not depend on the clock."""
+    return [
+        (e.part, e.number, e.loss, e.error, e.test_loss, e.test_error, e.learning_rate)
+        for e in history.epochs
+    ]
+
+
+@pytest.mark.parametrize("moment", [(0, 1), (1, 0), (None, 2)])
+@pytest.mark.parametrize("optimizer", [sgd, adam])
+def test_a_schedule_that_was_killed_goes_on_bit_for_bit(
+    tmp_path: Path, moment: tuple[int | None, int], optimizer: object
+) -> None:
+    half = lambda made: torch.optim.lr_scheduler.StepLR(made, 1, 0.5)  # noqa: E731
+    options = {"optimizer": optimizer, "scheduler": half}
+    whole = schedule(divide(), **options).fit(shuffled(), batches())
+
+    def kill(epoch: Epoch) -> None:
+        if (epoch.part, epoch.number) == moment:
+            raise Killed
+
+    with pytest.raises(Killed):
+        schedule(divide(), on_epoch=kill, **options).fit(shuffled(), batches(), checkpoint=tmp_path)
+    (tmp_path / "part_0.epoch_9.new").write_bytes(b"half a file")
+    found = schedule(divide(), **options).fit(shuffled(), batches(), checkpoint=tmp_path)
+    assert plain(found.history) == plain(whole.history)
+    assert same(found.model, whole.model)
+    assert all(same(a, b) for a, b in zip(found.submodels, whole.submodels, strict=True))
+
+
+def test_a_checkpoint_of_another_schedule(tmp_path: Path) -> None:
+    schedule(divide()).fit(batches(), checkpoint=tmp_path)
+    with pytest.raises(UserError, match=r"another configuration: its merge_at is 2, and is 1 here"):
+        schedule(divide(), merge_at=1).fit(batches(), checkpoint=tmp_path)
+    with pytest.raises(UserError, match=r"another configuration: its k is 2, and is 3 here"):
+        schedule(divide(3)).fit(batches(), checkpoint=tmp_path)
+    with pytest.raises(UserError, match=r"part_0.epoch_1.pt is no checkpoint of this training"):
+        wide = gs.partition(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 2)), problem()[0][:2], k=2)
+        schedule(wide).fit(batches(), checkpoint=tmp_path)
+
+
 def test_seconds_in_turn_and_in_parallel() -> None:
     def epoch(part: int | None, number: int, seconds: float) -> Epoch:
         return Epoch(part, number, 0.0, None, None, None, seconds, 10, 0.1)

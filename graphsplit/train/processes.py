@@ -47,7 +47,11 @@ def _meet() -> None:
             hint="start the script with torchrun --nproc-per-node=K script.py, or train in turn",
         )
     try:
-        dist.init_process_group("gloo", timeout=PATIENCE)
+        store, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
+        store.set_timeout(PATIENCE)
+        # After a restart torchrun's store may still hold where the processes before could be met.
+        attempt = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group("gloo", store=attempt, rank=rank, world_size=world, timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise UserError(
