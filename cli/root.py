@@ -25,6 +25,7 @@ from graphsplit.cli import (
     prune_units,
     run,
     sparsify,
+    study,
     verify,
 )
 from graphsplit.errors import GraphsplitError
@@ -110,6 +111,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "sil": depth.sil,
     "sparsify": sparsify.sparsify,
     "prune-units": prune_units.prune_units,
+    "study": study.study,
     "verify": verify.verify,
     "export": export.export,
     "draw": draw.draw,
