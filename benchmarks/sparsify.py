@@ -1,6 +1,6 @@
 """Pruning at initialisation on the digits: 64-300-100-10, five seeds, test error after training.
 
-    OMP_NUM_THREADS=1 taskset -c 0 python benchmarks/sparsify.py [--epochs 40] [--seeds 5]
+    OMP_NUM_THREADS=1 taskset -c 0 python benchmarks/sparsify.py [--epochs 60] [--seeds 5]
 
 Networks that are dense, or pruned by each method at 90, 95 and 98 %, all with the same data order, trained at
 once by ``gs.fuse`` and ``PerModelSGD``; the masks are buffers of the fused module.
@@ -104,7 +104,7 @@ def trained(masks: list[gs.Masks], epochs: int, data: tuple[Tensor, Tensor]) -> 
 def main() -> None:
     """Write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "sparsify.md")
     options = parser.parse_args()

@@ -207,6 +207,14 @@ def pruned(report: Mapping[str, Any]) -> None:
         _section("Stay whole", table)
 
 
+def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Rows of text."""
+    found = _table(*head)
+    for row in rows:
+        found.add_row(*row)
+    _section(title, found)
+
+
 def depth(report: Mapping[str, Any], origin: str) -> None:
     """Layer groups, what crosses the cuts, and what each prefix takes."""
     full = f"{report['parameters']:,} parameters"

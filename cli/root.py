@@ -26,6 +26,7 @@ from graphsplit.cli import (
     prune_units,
     run,
     sparsify,
+    study,
     verify,
 )
 from graphsplit.errors import GraphsplitError
@@ -112,6 +113,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "sparsify": sparsify.sparsify,
     "prune-units": prune_units.prune_units,
     "ensemble": ensemble.ensemble,
+    "study": study.study,
     "verify": verify.verify,
     "export": export.export,
     "draw": draw.draw,

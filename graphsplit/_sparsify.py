@@ -9,20 +9,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import prune
 
 from graphsplit.bundle import MaskBundle, program_of
 from graphsplit.emission import ProgramModule, emit
-from graphsplit.errors import PlanError
+from graphsplit.errors import PlanError, UserError
 from graphsplit.initialization import freshly_drawn
 from graphsplit.passes.sparsify import folded, masked
 from graphsplit.program import Mode, Program, source_of
 from graphsplit.sparsity import Method, Scope, Scoring, choose, cut_layers, prunable
+from graphsplit.sparsity.parallel import KeptEntries, parallel
 from graphsplit.sparsity.prunable import roles
 from graphsplit.sparsity.scores import example_of
 from graphsplit.tracing import trace
 from graphsplit.train.loop import Batches, Metric
+from graphsplit.train.processes import process_group, share
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +145,37 @@ class Masks:
     def module(self) -> ProgramModule:
         """A masked copy of the model, which trains without what is pruned. The masks are buffers."""
         return emit(self.masked_program())
+
+    def agreed(self) -> Masks:
+        """The masks of process 0, on every process: they may have seen other data.
+
+        Raises:
+            UserError: This process was not started by torchrun.
+        """
+        with process_group():
+            return self.with_masks(share([self.masks])[0])
+
+    def parallel(self, model: nn.Module) -> tuple[DistributedDataParallel, KeptEntries]:
+        """The model with the masks of process 0 under ``DistributedDataParallel``, for processes of torchrun.
+
+        Gradients are those of the global batch, as in one process; only those of kept weights are sent.
+
+        Args:
+            model: As for `apply`; it is changed.
+
+        Returns:
+            The model to call, and the hook, which counts the bytes that were sent and saved.
+
+        Raises:
+            UserError: There is no process group: call ``torch.distributed.init_process_group`` before.
+        """
+        if not dist.is_initialized():
+            raise UserError(
+                "there are no processes to train with",
+                hint="start the script with torchrun, and call torch.distributed.init_process_group in it",
+            )
+        agreed = self.agreed()
+        return parallel(agreed.apply(model), agreed.masks)
 
     # -- controls --------------------------------------------------------------------------------------------
 

@@ -775,6 +775,19 @@ OPTIONS = {
         ),
         *("--force", "--json", "-v/--verbose"),
     ],
+    "study": [
+        *(
+            "-o/--out",
+            "--batches",
+            "--sparsities",
+            "--optimizers",
+            "--trials",
+            "--goal",
+            "--budget",
+            "--check",
+        ),
+        *("--method", "--decay", "--processes", "--seed", "--entry", "--json", "-v/--verbose"),
+    ],
     "verify": ["-k", "--entry", "--input", "--keep-output", "--json", "-v/--verbose"],
     "export": ["-o/--out", "-k", "--entry", "--input", "--keep-output", "--force", "--json", "-v/--verbose"],
     "draw": [
@@ -809,7 +822,14 @@ def test_every_example_says_how_to_run_it_and_has_a_test() -> None:
     names = {path.stem for path in EXAMPLES.glob("*.py")}
     assert names == {
         *("char_lstm", "gpt2", "lenet", "paper_cifar10", "paper_mnist", "pipeline", "resnet50", "small_gpt"),
-        *("ec_dnn", "local_critics", "synthetic_labels", "train_apart_then_merge", "train_fused"),
+        *(
+            "ec_dnn",
+            "local_critics",
+            "sparse_from_the_start",
+            "synthetic_labels",
+            "train_apart_then_merge",
+            "train_fused",
+        ),
     }
     for name in names:
         text = (EXAMPLES / f"{name}.py").read_text()

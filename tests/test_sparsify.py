@@ -22,7 +22,7 @@ from graphsplit.passes import Pipeline, Programs
 from graphsplit.passes.sparsify import Sparsify
 from graphsplit.program import check
 from graphsplit.sparsity import METHODS, prunable
-from laws import as_call, largest_difference, program_unchanged, run
+from laws import as_call, largest_difference, program_unchanged, run, script
 from zoo import ZOO
 
 EXACT = 1e-12
@@ -544,3 +544,10 @@ def test_command(tmp_path: Path) -> None:
     done = run("sparsify", file, "--method", "snip", "-o", out, "--force")
     assert done.exit_code == 0 and "80" not in done.stderr and "left, by snip" in done.stdout
     assert run("sparsify", file, "--sparsity", 1.5, "-o", out, "--force").exit_code == 2
+
+
+def test_the_example() -> None:
+    found = script("sparse_from_the_start").main(["--epochs", "3"])
+    assert list(found) == ["dense", "masked", "masked, shuffled", "half of the units"]
+    assert found["dense"] < 0.2 and found["half of the units"] < 0.25
+    assert found["masked"] < found["masked, shuffled"]

@@ -95,13 +95,13 @@ class Plan:
             UserError: The first option that is out of range.
         """
         _require(
-            bool(self.batches) and all(b >= 1 for b in self.batches), "batches", self.batches, "of 1 or more"
+            bool(self.batches) and all(b >= 1 for b in self.batches), "batches", self.batches, "1 or more"
         )
         good = all(0 <= sparsity < 1 for sparsity in self.sparsities)
         _require(bool(self.sparsities) and good, "sparsities", self.sparsities, "in [0, 1)")
         known = all(name in OPTIMIZERS for name in self.optimizers)
         _require(
-            bool(self.optimizers) and known, "optimizers", self.optimizers, f"one of {', '.join(OPTIMIZERS)}"
+            bool(self.optimizers) and known, "optimizers", self.optimizers, f"some of {', '.join(OPTIMIZERS)}"
         )
         _require(self.trials >= 1, "trials", self.trials, "1 or more")
         _require(0 <= self.goal < 1, "goal", self.goal, "in [0, 1)")
@@ -169,7 +169,7 @@ class Trial:
         outcome: The goal was reached, or not within the budget, or the loss was no number.
         steps: At the check that reached the goal; else those that were taken.
         stopped: It was stopped because it could not win any more.
-        best: Smallest validation error.
+        best: Smallest validation error; None where it was never a number.
     """
 
     cell: Cell
@@ -179,7 +179,7 @@ class Trial:
     outcome: Outcome
     steps: int
     stopped: bool
-    best: float
+    best: float | None
 
     @property
     def name(self) -> str:

@@ -117,9 +117,10 @@ def run_trials(
                 ended.setdefault(place, ("diverged", step + 1, False))
     finally:
         torch.random.set_rng_state(state)
+    bests = [error if math.isfinite(error) else None for error in lowest]
     return [
-        Trial(cell, number, one, plan.seed, *ended[place], min(lowest[place], 1.0))
-        for place, (number, one) in enumerate(zip(numbers, settings, strict=True))
+        Trial(cell, number, settings[place], plan.seed, *ended[place], bests[place])
+        for place, number in enumerate(numbers)
     ]
 
 
