@@ -51,12 +51,15 @@ Each worker has an equal shard at random, batches of {batch}, SGD with momentum 
 the same for all methods; those of compression are among them. {trials} trials of settings for each method
 and K, by the error of the global model on a fifth of the training data. Mean and standard deviation over
 {seeds} seeds of the test error in percent after the last round: of G, the global model (as large as K
-models by EC-DNN and E-DNN), and of L, one model.
+models by EC-DNN and E-DNN), and of L, one model. A difference within one deviation is no evidence.
 
 *Sooner* is when MA-DNN's global model first has its own last error, by when the method's has it: in steps
 of a worker, and in time of the slowest worker of each round, as if each had a machine of its own, with
 answers and compression, without communication and tests. It is the median over the seeds that have that
 error at all. Global models exist once a round only, so that both are coarse where tau is large.
+
+*If synchronous* are the bytes of the gradients that synchronous steps (DDP) would have sent in as many
+steps; the last round of EC-DNN sends replicas before and, with diversity, after compression.
 
 {sections}## Improvement of the global model over its replicas
 
@@ -240,9 +243,10 @@ def row(method: str, found: dict[str, Any], averaged: dict[str, Any], synchronou
     if ratios:
         steps, seconds = medians(ratios)
         speed = f"{steps:.2f}, {seconds:.2f} ({len(ratios)} of {seeds} seeds)"
+    steps_apart = "-" if method == "S-DNN" else f"{synchronous * found['settings']['tau']:,}"
     return (
         f"| {method} | {spread(globals_of(found))} | {spread([run['local'] for run in found['runs']])} | "
-        f"{speed} | {sent:,} | {synchronous * found['settings']['tau']:,} | {settings} |"
+        f"{speed} | {sent:,} | {steps_apart} | {settings} |"
     )
 
 
@@ -299,7 +303,7 @@ def draw_improvement(results: dict[str, Any]) -> str:
             place.hist(values, bins=20, alpha=0.5, label=method, density=True)
             below = sum(value < 0 for value in values) / len(values)
             lines.append(
-                f"| {case} | {method} | {statistics.mean(values):.2f} | {min(values):.2f} | {below:.0%} |"
+                f"| {case} | {method} | {statistics.mean(values):.2f} | {min(values):.2f} | {below:.1%} |"
             )
         place.set(title=case, xlabel="percentage points")
     axes[0][0].legend(fontsize=7)

@@ -430,7 +430,7 @@ def poisoned(worker: int) -> Callable[[nn.Module], torch.optim.Optimizer]:
 
 @pytest.mark.parametrize("method", ["ec", "ma", "e"])
 def test_a_worker_that_diverged_is_named_or_left_out(method: str) -> None:
-    with pytest.raises(UserError, match=r"worker 1 diverged in round 0.*on_nan='leave_out'"):
+    with pytest.raises(UserError, match=r"worker 1 diverged in round 1.*on_nan='leave_out'"):
         run({"method": method, "optimizer": poisoned(1)})
     found = run({"method": method, "optimizer": poisoned(1), "on_nan": "leave_out", "rounds": 3})
     assert [record.left_out for record in found.rounds] == [(1,), (), ()]
@@ -440,6 +440,23 @@ def test_a_worker_that_diverged_is_named_or_left_out(method: str) -> None:
         record.test_loss is not None and record.test_loss == record.test_loss for record in found.rounds
     )
     assert "without workers 1" in str(found.rounds[0])
+
+
+def test_a_worker_that_diverged_while_it_was_compressed(monkeypatch: pytest.MonkeyPatch) -> None:
+    compress = Replica.compress
+
+    def breaking(self: Replica, sampler: Any, moment: int, *rest: Any) -> float:
+        found = compress(self, sampler, moment, *rest)
+        if self.number == 2 and moment == 1:
+            next(self.model.parameters()).data.fill_(float("inf"))
+        return found
+
+    monkeypatch.setattr(Replica, "compress", breaking)
+    with pytest.raises(UserError, match="worker 2 diverged in round 2"):
+        run()
+    found = run({"on_nan": "leave_out"})
+    assert [record.left_out for record in found.rounds] == [(), (), ()]
+    assert all(torch.isfinite(torch.tensor(record.losses)).all() for record in found.rounds)
 
 
 def test_all_diverged() -> None:

@@ -15,6 +15,7 @@ compression, and one model.
 from __future__ import annotations
 
 import copy
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -348,15 +349,12 @@ class _Run:
         left_out = self._lost(losses, number)
         weights = self._aggregate(number, left_out)
         record = self._tested(number, losses, weights, left_out)
-        if left_out:
-            best = min((loss, worker) for worker, loss in enumerate(losses) if worker not in left_out)[1]
-            for replica in workers.mine:
-                if replica.number in left_out:
-                    start = replica.model if settings.method == "ma" else self.team[best]
-                    replica.restart(tensors_of(start))
+        best = _smallest(losses, [worker for worker in range(self.k) if worker not in left_out])
+        self._restart(left_out, best)
         compressed: list[float] = []
         if settings.compression_steps:
             compressed = self._compress(number, weights, left_out)
+            self._restart(self._lost(compressed, number), best)
         for replica in workers.mine:
             if replica.learner.scheduler is not None and not settings.step_every_batch:
                 replica.learner.scheduler.step()
@@ -413,14 +411,21 @@ class _Run:
         lost = tuple(
             worker
             for worker, (loss, good) in enumerate(zip(losses, finite, strict=True))
-            if not good or not torch.isfinite(torch.tensor(loss))
+            if not good or not math.isfinite(loss)
         )
         if lost and (self.settings.on_nan == "stop" or len(lost) == self.k):
             raise UserError(
-                f"worker {lost[0]} diverged in round {number}: its loss or its parameters are not finite",
+                f"worker {lost[0]} diverged in round {number + 1}: its loss or its parameters are not finite",
                 hint="lower its learning rate, clip gradients, or give on_nan='leave_out'",
             )
         return lost
+
+    def _restart(self, lost: Sequence[int], best: int) -> None:
+        """Let workers that diverged go on from the best replica of the team; by averaging, from the mean."""
+        for replica in self.workers.mine:
+            if replica.number in lost:
+                start = replica.model if self.settings.method == "ma" else self.team[best]
+                replica.restart(tensors_of(start))
 
     def _aggregate(self, number: int, left_out: Sequence[int]) -> Tensor:
         """Make the global model of the replicas: the team in its place; returns the weights."""
@@ -554,7 +559,7 @@ class _Run:
         whole = copy.deepcopy(self._global(torch.tensor(last.weights), kept))
         members = [copy.deepcopy(self.team[worker]) for worker in kept]
         losses = last.compression_losses or last.losses
-        best = min((loss, worker) for worker, loss in enumerate(losses) if worker in kept)[1]
+        best = _smallest(losses, kept)
         if last.compression_losses:
             workers.spread({replica.number: tensors_of(replica.model) for replica in workers.mine}, self.team)
         local = copy.deepcopy(self.team[best])
@@ -593,6 +598,11 @@ class _Run:
                 replica.load_state_dict(state["replica"])
                 self.rounds = [Round(**record) for record in state["rounds"]]
         return found + 1
+
+
+def _smallest(losses: Sequence[float], among: Sequence[int]) -> int:
+    """The worker of the smallest loss that is finite."""
+    return min(among, key=lambda worker: (not math.isfinite(losses[worker]), losses[worker], worker))
 
 
 def _check_alike(workers: Together) -> None:
