@@ -19,9 +19,9 @@ from sparsify import network
 from torch.nn import functional as F
 
 import graphsplit as gs
+from graphsplit._trials import Task, run_trials
 from graphsplit.scaling.plan import Cell, Plan
 from graphsplit.scaling.report import fits, verdicts
-from graphsplit.scaling.trials import Task, run_trials
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -96,8 +96,8 @@ def main() -> None:
         processes=options.processes, on_cell=lambda line: print(line, flush=True),
     )  # fmt: skip
     seconds = time.perf_counter() - start
+    found.report()
     for name in ("steps", "normalised", "metaparameters"):
-        found.report()
         (RESULTS / f"study_{name}.png").write_bytes((found.folder / f"{name}.png").read_bytes())
     outcomes = [trial.outcome for trial in found.trials]
     kinds = sorted({(cell.optimizer, cell.sparsity) for cell in found.plan.cells()})

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from graphsplit._sparsify import program_to_prune
+from graphsplit._trials import Pair, Task, run_trials
 from graphsplit.emission import emit
 from graphsplit.errors import UserError
 from graphsplit.program import Program
@@ -22,7 +23,6 @@ from graphsplit.scaling.analysis import Claim, Curve, claims, curves
 from graphsplit.scaling.plan import Cell, Decay, OptimizerName, Plan, Trial, fewest
 from graphsplit.scaling.records import Records
 from graphsplit.scaling.report import write_report
-from graphsplit.scaling.trials import Pair, Task, run_trials
 from graphsplit.signature import as_call
 from graphsplit.sparsity import Method, Scoring, choose, prunable
 from graphsplit.train.loop import Metric, misclassified, read_batch

@@ -21,7 +21,11 @@ PUBLIC_FACE = {
     Path("graphsplit/_fuse.py"),
     Path("graphsplit/_layer_groups.py"),
     Path("graphsplit/_local_critics.py"),
+    Path("graphsplit/_prune_units.py"),
+    Path("graphsplit/_sparsify.py"),
+    Path("graphsplit/_study.py"),
     Path("graphsplit/_synthetic_halves.py"),
+    Path("graphsplit/_trials.py"),
 }
 
 
