@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from graphsplit._sparsify import program_to_prune
+from graphsplit._trials import Pair, Task, run_trials
 from graphsplit.emission import emit
 from graphsplit.errors import UserError
 from graphsplit.program import Program
@@ -22,7 +24,6 @@ from graphsplit.scaling.analysis import Claim, Curve, claims, curves
 from graphsplit.scaling.plan import Cell, Decay, OptimizerName, Plan, Trial, fewest
 from graphsplit.scaling.records import Records
 from graphsplit.scaling.report import write_report
-from graphsplit.scaling.trials import Pair, Task, run_trials
 from graphsplit.signature import as_call
 from graphsplit.sparsity import Method, Scoring, choose, prunable
 from graphsplit.train.loop import Metric, misclassified, read_batch
@@ -67,11 +68,15 @@ class Study:
 
     def curves(self) -> list[Curve]:
         """Steps against batch size, with the fit, for each sparsity and optimizer."""
+        return list(self._curves)
+
+    @functools.cached_property
+    def _curves(self) -> list[Curve]:
         return curves(self.trials, seed=self.plan.seed)
 
     def claims(self) -> list[Claim]:
         """What the trials say of the paper's claims."""
-        return claims(self.curves())
+        return claims(self._curves)
 
     def report(self, folder: str | Path | None = None) -> list[Path]:
         """Write ``report.html`` and its figures as PNG; by default into the folder of the study.
@@ -79,7 +84,7 @@ class Study:
         Raises:
             UserError: matplotlib is not installed, or no trial reached the goal.
         """
-        return write_report(self.plan, self.trials, self.curves(), Path(folder or self.folder))
+        return write_report(self.plan, self.trials, self._curves, Path(folder or self.folder))
 
     def __repr__(self) -> str:
         done = sum(trial.outcome == "complete" for trial in self.trials)

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graphsplit as gs
+from graphsplit._trials import Task, run_trials
 from graphsplit.errors import BundleError, UserError
 from graphsplit.scaling.analysis import claims, curves, fit
 from graphsplit.scaling.plan import Cell, Plan, Settings, Trial
-from graphsplit.scaling.trials import Task, run_trials
 from laws import run
 
 

@@ -184,9 +184,10 @@ def claims(found: Sequence[Curve]) -> list[Claim]:
         base = dense.get(curve.optimizer)
         if curve.sparsity == 0 or base is None or base.fit is None or curve.fit is None:
             continue
-        ratios = np.array(curve.samples[: len(base.samples)]) / np.array(base.samples[: len(curve.samples)])
+        pairs = zip(curve.samples, base.samples, strict=False)
+        ratios = np.array([own / other for own, other in pairs if other > 0])
         interval = _interval(ratios[np.isfinite(ratios)])
-        ratio = curve.fit.critical / base.fit.critical
+        ratio = curve.fit.critical / base.fit.critical if base.fit.critical > 0 else math.inf
         result.append(_claim("scales no worse than dense", curve, ratio, interval, 0.9))
         if curve.optimizer != "sgd" and curve.sparsity >= 0.9:
             result.append(_claim("has a larger critical batch than dense", curve, ratio, interval, 1.0))

@@ -132,12 +132,12 @@ def _each(model: FusedModule, inputs: Any, targets: Any, metric: Metric) -> Tens
         try:
             found: Tensor = torch.vmap(metric, (0, None), randomness="different")(outputs, targets)
         except (RuntimeError, ValueError):  # a loss of the user's that looks at values, say
-            each = [pytree.tree_map_only(Tensor, select(number), outputs) for number in range(model.k)]
+            each = [pytree.tree_map_only(Tensor, _select(number), outputs) for number in range(model.k)]
             found = torch.stack([metric(output, targets) for output in each])
     return found
 
 
-def select(number: int) -> Callable[[Tensor], Tensor]:
+def _select(number: int) -> Callable[[Tensor], Tensor]:
     """One model's part of a fused output."""
     return lambda tensor: tensor[number]
 
