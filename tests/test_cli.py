@@ -17,8 +17,8 @@ from torch import nn
 from typer.testing import Result
 
 import graphsplit as gs
-from graphsplit import bundle as bundles
 from graphsplit.bundle import PartitionBundle, load
+from graphsplit.bundle import folder as bundles
 from graphsplit.cli import app, console, root
 from graphsplit.loading import load_model
 from graphsplit.program import Program
