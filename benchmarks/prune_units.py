@@ -112,7 +112,7 @@ def zoo(only: list[str] | None) -> str:
             found = gs.prune_units(entry.build(), args, kwargs)
         except UserError as refusal:
             refused += 1
-            rows.append(f"| {name} | refused: {refusal.message.split(' (module')[0][:90]} | | | | |")
+            rows.append(f"| {name} | refused: {refusal.message.split(' (')[0][:90]} | | | | |")
         else:
             certificate = found.verify()
             wrong += not certificate.ok
