@@ -177,8 +177,9 @@ def study(
         for sparsity in plan.sparsities
     }
     task = Task(emit(program), (inputs, targets), held, loss, error)
-    open_cells = [cell for cell in plan.cells() if len(records.finished(cell, trials)) < trials]
-    jobs = [(task, masks[cell.sparsity], plan, cell, fused, folder) for cell in open_cells[rank::world]]
+    # By their place among all cells, as processes may look at the folder at different times.
+    own = [cell for cell in plan.cells()[rank::world] if len(records.finished(cell, trials)) < trials]
+    jobs = [(task, masks[cell.sparsity], plan, cell, fused, folder) for cell in own]
     wanted = (os.cpu_count() or 1) if processes is None else processes
     if wanted <= 1 or len(jobs) <= 1:
         for job in jobs:

@@ -103,6 +103,16 @@ def test_in_several_processes(tmp_path: Path) -> None:
     assert [trial for trial in two.trials] == [trial for trial in one.trials]
 
 
+def test_processes_of_torchrun_share_the_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    lines: list[list[str]] = [[], []]
+    for rank in (1, 0):
+        monkeypatch.setenv("RANK", str(rank))
+        found = small(tmp_path / "study", on_cell=lines[rank].append)
+    assert found.finished and [len(own) for own in lines] == [4, 4]
+    assert not set(lines[0]) & set(lines[1])
+
+
 def test_outcomes(tmp_path: Path) -> None:
     diverged = small(tmp_path / "diverged", rates=(1e6, 1e7), optimizers=("sgd",), batches=(4,), goal=0.0)
     assert {trial.outcome for trial in diverged.trials} <= {"diverged", "not reached"}
