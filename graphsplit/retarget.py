@@ -18,6 +18,9 @@ aten = torch.ops.aten
 NOISE_LIKE = {"rand_like.default", "randn_like.default", "bernoulli.p", "bernoulli.default",
               "normal_functional.default", "uniform.default", "exponential.default"}  # fmt: skip
 NOISE = {"rand.default", "randn.default"}
+UNWRITTEN = {"empty.memory_format": aten.zeros.default, "new_empty.default": aten.new_zeros.default,
+             "empty_like.default": aten.zeros_like.default}  # fmt: skip
+"""Ops that give memory as it is found, and what gives zeros in its place."""
 DROPOUTS = {
     "dropout.default",
     "feature_dropout.default",
@@ -68,7 +71,7 @@ def _creates(node: fx.Node) -> bool:
 
 
 def without_noise(graph: fx.Graph) -> fx.Graph:
-    """A copy of a graph in which random numbers are one half and dropout drops nothing.
+    """A copy of a graph in which random numbers are one half, unwritten memory is zero and all is kept.
 
     Two rewrites of one model draw other numbers, so that their values can only be compared without.
     """
@@ -79,6 +82,9 @@ def without_noise(graph: fx.Graph) -> fx.Graph:
             node.target, node.args, node.kwargs = aten.full_like.default, (node.args[0], 0.5), {}
         elif name in NOISE:
             node.target, node.args = aten.full.default, (node.args[0], 0.5)
+        elif name in UNWRITTEN:
+            node.target = UNWRITTEN[name]
+            node.kwargs = {key: value for key, value in node.kwargs.items() if key != "memory_format"}
         elif name in DROPOUTS:
             node.args = (node.args[0], 0.0, node.args[2])
         elif name == "scaled_dot_product_attention.default" and len(node.args) > 4:

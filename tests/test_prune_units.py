@@ -22,7 +22,14 @@ from zoo import ZOO
 # One or two of every family; `benchmarks/prune_units.py` goes through all.
 TRIED = [
     *("lenet", "resnet_basic", "resnext", "shufflenet_v2", "mobilenet_v2", "densenet", "vit", "gpt"),
-    *("llama_two_kv_heads", "lstm_bidirectional", "tied_autoencoder", "mask_buffers", "norm_group"),
+    *(
+        "hub_deepseek_v2",
+        "llama_two_kv_heads",
+        "lstm_bidirectional",
+        "tied_autoencoder",
+        "mask_buffers",
+        "norm_group",
+    ),
 ]
 # Why nothing can be dropped, in the words of the message.
 REFUSED = {
