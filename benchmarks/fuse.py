@@ -477,19 +477,19 @@ def main() -> None:
     place = torch.cuda.get_device_name() if given.device == "cuda" else f"a CPU with {given.threads} threads"
     data = given.out / "fuse.json"
     found = json.loads(data.read_text()) if data.exists() else {}
+    made = (
+        f"{datetime.date.today()}, torch {torch.__version__}, Python {platform.python_version()}, "
+        f"{place}, {given.rounds} rounds."
+    )
     for section in given.sections:
-        rows = []
+        rows: list[list[Any]] = []
         for row in SECTIONS[section](options):
             rows.append(row)
             print(*row, sep=" | ", flush=True)
-        made = (
-            f"{datetime.date.today()}, torch {torch.__version__}, Python {platform.python_version()}, "
-            f"{place}, {given.rounds} rounds."
-        )
-        found[f"{section}/{given.device}"] = {"made": made, "rows": rows}
+            found[f"{section}/{given.device}"] = {"made": made, "rows": rows}
+            data.write_text(json.dumps(found, indent=1) + "\n")
         if section == "scaling":
             plot(rows, given.out / f"fuse_scaling_{given.device}.svg")
-        data.write_text(json.dumps(found, indent=1) + "\n")
     (given.out / "fuse.md").write_text(report(found))
 
 
