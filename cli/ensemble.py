@@ -22,6 +22,7 @@ from graphsplit.cli.common import (
     Inputs,
     Json,
     NoVerify,
+    Out,
     Outputs,
     Verbose,
     check_to_write,
@@ -51,9 +52,6 @@ Members = Annotated[
         "members.",
         show_default=False,
     ),
-]
-Out = Annotated[
-    Path, typer.Option("-o", "--out", metavar="FOLDER", help="The bundle to write.", show_default=False)
 ]
 Weights = Annotated[
     str | None,

@@ -12,12 +12,12 @@ from torch.optim import Optimizer
 
 from graphsplit.builder import aten
 from graphsplit.bundle import FusedBundle, program_of, without_weights
-from graphsplit.emission import ProgramModule, emit, random_state
+from graphsplit.emission import ProgramModule, emit
 from graphsplit.errors import PlanError
 from graphsplit.passes.fuse import Fused, fuse_where_it_pays, part_of
 from graphsplit.passes.fuse import fuse as fuse_programs
 from graphsplit.program import Mode, Program
-from graphsplit.retarget import Place, moved_graphs, without_noise
+from graphsplit.retarget import Place, moved_graphs
 from graphsplit.signature import as_call
 from graphsplit.tracing import trace
 from graphsplit.verification import (
@@ -25,9 +25,11 @@ from graphsplit.verification import (
     Certificate,
     Ran,
     Row,
+    drawn_state,
     flat_inputs,
     in_double,
     outputs_error,
+    quiet,
     random_input,
     run_chain,
     tensors_error,
@@ -253,7 +255,7 @@ def certify_fused(fused: Fused, single: Program) -> Certificate:
         single: One of the models.
     """
     generator = torch.Generator().manual_seed(0)
-    drawn = [_drawn(single, generator) for _ in range(fused.k)]
+    drawn = [drawn_state(single, generator) for _ in range(fused.k)]
     for other in drawn[1:]:
         other.update((name, value) for name, value in drawn[0].items() if fused.same[name])
     together = {
@@ -262,8 +264,8 @@ def certify_fused(fused: Fused, single: Program) -> Certificate:
         )
         for name, value in drawn[0].items()
     }
-    whole = _quiet(fused.program, together)
-    programs = [_quiet(single, own) for own in drawn]
+    whole = in_double(quiet(fused.program.with_state(together)))
+    programs = [in_double(quiet(single.with_state(own))) for own in drawn]
     inputs = flat_inputs(programs[0].signature, None)
     each = [inputs] * fused.k
     given = inputs
@@ -286,22 +288,10 @@ def certify_fused(fused: Fused, single: Program) -> Certificate:
     return Certificate(tuple(rows))
 
 
-def _quiet(program: Program, state: Mapping[str, Tensor]) -> Program:
-    quiet = replace(program, graphs=tuple(without_noise(graph) for graph in program.graphs))
-    return in_double(quiet.with_state(state))
-
-
 def has_own_inputs(fused: Program, single: Program) -> bool:
     """True where each model has inputs of its own."""
     pairs = zip(fused.signature.inputs, single.signature.inputs, strict=True)
     return any(a.ndim != b.ndim for a, b in pairs)
-
-
-def _drawn(single: Program, generator: torch.Generator) -> dict[str, Tensor]:
-    return {
-        name: value.to(single.state[name].tensor.dtype).requires_grad_(single.state[name].requires_grad)
-        for name, value in random_state(single, generator).items()
-    }
 
 
 def _errors(found: Ran, own: Ran, fused: Fused, number: int) -> tuple[float, float, float]:

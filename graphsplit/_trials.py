@@ -81,9 +81,8 @@ def run_trials(
     held_inputs, held_targets, _ = read_batch(torch.device("cpu"), task.held)
     lowest = [math.inf] * count
     ended: dict[int, tuple[Outcome, int, bool]] = {}
-    state = torch.random.get_rng_state()
-    torch.manual_seed(plan.seed)
-    try:
+    with torch.random.fork_rng():
+        torch.manual_seed(plan.seed)
         for step in range(plan.budget + 1):
             if step % plan.check == 0 or step == plan.budget:
                 errors = _each(model.eval(), held_inputs, held_targets, task.error)
@@ -115,8 +114,6 @@ def run_trials(
             optimizer.step()
             for place in (~torch.isfinite(losses.detach())).nonzero()[:, 0].tolist():
                 ended.setdefault(place, ("diverged", step + 1, False))
-    finally:
-        torch.random.set_rng_state(state)
     bests = [error if math.isfinite(error) else None for error in lowest]
     return [
         Trial(cell, number, settings[place], plan.seed, *ended[place], bests[place])

@@ -241,27 +241,29 @@ class _Timed(Watched):
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node, and go backward through it alone."""
-        start = self._now()
+        start = now(waits=self._waits)
         result = super().run_node(n)
         if n.op != "call_function":
-            self.seconds[n] = self._now() - start
+            self.seconds[n] = now(waits=self._waits) - start
             return result
-        outputs = _with_gradient([result])
-        inputs = _with_gradient([self.env.get(used) for used in n.all_input_nodes])
+        outputs = with_gradient([result])
+        inputs = with_gradient([self.env.get(used) for used in n.all_input_nodes])
         if outputs and inputs:
             ones = [torch.ones_like(output) for output in outputs]
             torch.autograd.grad(outputs, inputs, ones, allow_unused=True)
-        self.seconds[n] = self._now() - start
+        self.seconds[n] = now(waits=self._waits) - start
         return pytree.tree_map_only(Tensor, _cut_off, result)
 
-    def _now(self) -> float:
-        """When all that was asked for is done."""
-        if self._waits:
-            torch.accelerator.synchronize()
-        return time.perf_counter()
+
+def now(*, waits: bool) -> float:
+    """Seconds of a clock; where the device ``waits`` to be asked, once all that was asked of it is done."""
+    if waits:
+        torch.accelerator.synchronize()
+    return time.perf_counter()
 
 
-def _with_gradient(values: Any) -> list[Tensor]:
+def with_gradient(values: Any) -> list[Tensor]:
+    """Tensors, at any depth, that need a gradient."""
     leaves = pytree.tree_leaves(values)
     return [value for value in leaves if isinstance(value, Tensor) and value.requires_grad]
 

@@ -27,20 +27,21 @@ from torch.utils import _pytree as pytree
 
 from graphsplit.bundle import EnsembleBundle, program_of
 from graphsplit.depth.anytime import classes_dim
-from graphsplit.emission import ProgramModule, emit, random_state
+from graphsplit.emission import ProgramModule, emit
 from graphsplit.errors import InputError, PlanError, UnsupportedError, UserError
 from graphsplit.graphs import aten
 from graphsplit.program import TRAINING, Dim, Mode, Program, StateEntry, TensorMeta
-from graphsplit.retarget import without_noise
 from graphsplit.signature import as_call
 from graphsplit.verification import (
     BOUND,
     Certificate,
     Row,
+    drawn_state,
     flat_inputs,
     in_double,
     outputs_error,
     projected_gradients,
+    quiet,
     run_chain,
     tensors_error,
 )
@@ -530,14 +531,7 @@ def _sum(graph: fx.Graph, values: Sequence[Any], weights: fx.Node, average: Aver
 def certify_weighted(programs: Sequence[Program], weights: Tensor, average: Average) -> list[Row]:
     """Outputs and gradients of the one program against the members', in float64, with random values."""
     generator = torch.Generator().manual_seed(0)
-    wide = []
-    for program in programs:
-        quiet = replace(program, graphs=tuple(without_noise(graph) for graph in program.graphs))
-        values = {
-            name: value.to(program.state[name].tensor.dtype).requires_grad_(program.state[name].requires_grad)
-            for name, value in random_state(program, generator).items()
-        }
-        wide.append(in_double(quiet.with_state(values)))
+    wide = [in_double(quiet(program.with_state(drawn_state(program, generator)))) for program in programs]
     exact = weights.detach().double().cpu()
     whole = in_double(weighted(wide, exact, average))
     inputs = flat_inputs(wide[0].signature, None)

@@ -38,6 +38,19 @@ def in_double(program: Program) -> Program:
     return replace(program, graphs=graphs, state=state, signature=signature)
 
 
+def quiet(program: Program) -> Program:
+    """The program without noise; see `without_noise`."""
+    return replace(program, graphs=tuple(without_noise(graph) for graph in program.graphs))
+
+
+def drawn_state(program: Program, generator: torch.Generator) -> dict[str, Tensor]:
+    """Random values of `random_state`, in the dtype of the program's own, and trained where those are."""
+    return {
+        name: value.to(program.state[name].tensor.dtype).requires_grad_(program.state[name].requires_grad)
+        for name, value in random_state(program, generator).items()
+    }
+
+
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype.is_floating_point else dtype
 
@@ -230,8 +243,7 @@ def _merge_row(check: str, merged: Program, mean: Sequence[Tensor], inputs: Sequ
 
 def _run(program: Program, inputs: Sequence[Tensor]) -> list[Tensor]:
     """Floating-point outputs before a closing softmax or sigmoid, in eval mode and without noise."""
-    quiet = replace(program, graphs=tuple(without_noise(graph) for graph in program.graphs))
-    module = emit(opened(quiet), copy=False).eval()
+    module = emit(opened(quiet(program)), copy=False).eval()
     with torch.no_grad():
         outputs = module.run_flat(inputs)
     return [

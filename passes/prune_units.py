@@ -50,11 +50,13 @@ from graphsplit.verification import (
     Certificate,
     Example,
     Row,
+    drawn_state,
     emitted_equals_model,
     flat_inputs,
     in_double,
     other_batch,
     outputs_error,
+    quiet,
     relative_error,
     run_chain,
     tensors_error,
@@ -362,15 +364,8 @@ def certify_pruned(pruned: Pruned, example: Example | None = None) -> Certificat
         rows += emitted_equals_model(pruned.program, example)
     plan = pruned.plan
     generator = torch.Generator().manual_seed(1)
-    quiet = replace(pruned.program, graphs=tuple(without_noise(graph) for graph in pruned.program.graphs))
-    small = extract(pruned.analysis, KEPT)
-    small = replace(small, graphs=tuple(without_noise(graph) for graph in small.graphs))
-    full, small = in_double(quiet), in_double(small)
-    drawn = random_state(full, generator)
-    full = full.with_state(
-        {name: value.requires_grad_(full.state[name].requires_grad) for name, value in drawn.items()}
-    )
-    full = pruned.masked(full)
+    full, small = (in_double(quiet(program)) for program in (pruned.program, extract(pruned.analysis, KEPT)))
+    full = pruned.masked(full.with_state(drawn_state(full, generator)))
     small = small.with_state(_sliced(plan, full))
     inputs = flat_inputs(full.signature, example)
     batches = [("", inputs)]

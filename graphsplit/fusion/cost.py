@@ -9,17 +9,17 @@ measured, both ways in turn, so that what else the machine does meets both. The 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from graphsplit import costs
 from graphsplit.emission import ProgramModule, emit
 from graphsplit.errors import UserError
-from graphsplit.program import Program, TensorMeta
+from graphsplit.program import Program
+from graphsplit.verification import random_input
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,10 @@ def fusion_cost(
     """
     if any(entry.tensor.is_meta for entry in fused.state.values()):
         raise UserError("a model on the meta device takes no time", hint="fuse it without measuring")
-    given = list(inputs) if inputs is not None else [_random(meta) for meta in programs[0].signature.inputs]
+    metas, generator = programs[0].signature.inputs, torch.Generator().manual_seed(0)
+    given = inputs
+    if given is None:
+        given = [random_input(meta, generator).to(meta.device, meta.dtype) for meta in metas]
     stacked = [
         value if value.ndim == meta.ndim else value.expand(len(programs), *value.shape).clone()
         for value, meta in zip(given, fused.signature.inputs, strict=True)
@@ -87,25 +90,13 @@ def fusion_cost(
 def _passes(modules: Sequence[ProgramModule], inputs: Sequence[Tensor]) -> None:
     """Forward and backward, which leave no trace but in buffers."""
     for module in modules:
-        leaves = pytree.tree_leaves(module.run_flat(inputs))
-        outputs = [value for value in leaves if isinstance(value, Tensor) and value.requires_grad]
+        outputs = costs.with_gradient(module.run_flat(inputs))
         if outputs:
             torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
         module.zero_grad()
 
 
 def _seconds(way: Callable[[], None], *, waits: bool) -> float:
-    if waits:
-        torch.accelerator.synchronize()
-    start = time.perf_counter()
+    start = costs.now(waits=waits)
     way()
-    if waits:
-        torch.accelerator.synchronize()
-    return time.perf_counter() - start
-
-
-def _random(meta: TensorMeta) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    if meta.dtype.is_floating_point:
-        return torch.randn(meta.shape, generator=generator).to(meta.device, meta.dtype)
-    return torch.randint(0, 2, meta.shape, generator=generator).to(meta.device, meta.dtype)
+    return costs.now(waits=waits) - start
