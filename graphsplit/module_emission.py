@@ -42,6 +42,7 @@ from graphsplit.errors import UnsupportedError, first_line
 from graphsplit.program import Mode, Program, TensorMeta, source_of
 from graphsplit.retarget import place_of
 from graphsplit.signature import Outputs
+from graphsplit.untouched import set_tensors, untouched
 from graphsplit.verification import (
     BOUND,
     Example,
@@ -516,19 +517,15 @@ def _is_real(value: Any) -> bool:
 
 def _run(module: nn.Module, state: dict[str, Tensor], case: _Case) -> Any:
     """The user's module in float64, with these values."""
-    flags = {child: child.training for child in module.modules()}
     before = torch.get_default_dtype()
-    module.train(case.mode == "train")
     try:
         torch.set_default_dtype(torch.float64)
-        with torch.no_grad(), torch.random.fork_rng(), _Wide():
+        with torch.no_grad(), untouched(module), _Wide():
+            set_tensors(module.train(case.mode == "train"), state)
             torch.manual_seed(0)
-            args, kwargs = _clones(case.args), _clones(case.kwargs)
-            return torch.func.functional_call(module, state, args, kwargs, tie_weights=True)
+            return module(*_clones(case.args), **_clones(case.kwargs))
     finally:
         torch.set_default_dtype(before)
-        for child, flag in flags.items():
-            child.training = flag
 
 
 class _Wide(TorchFunctionMode):

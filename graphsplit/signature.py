@@ -188,7 +188,7 @@ def leaf_names(tree: Any, prefix: str = "") -> list[str]:
     return [prefix + pytree.keystr(path) for path, _ in paths]
 
 
-def as_call(args: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def as_call(args: Any, kwargs: Mapping[str, Any] | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Normalise example inputs: a tensor, a tuple or list of arguments, or a dict by keyword."""
     if kwargs is None:
         kwargs = {}

@@ -20,6 +20,7 @@ from graphsplit.program import Mode, Program, TensorMeta
 from graphsplit.retarget import retarget_graph, without_noise
 from graphsplit.signature import Outputs, Signature, as_call
 from graphsplit.tracing import trace
+from graphsplit.untouched import set_tensors, untouched
 
 aten = torch.ops.aten
 
@@ -321,36 +322,29 @@ def emitted_equals_model(program: Program, example: Example) -> list[Row]:
     """The traced program against the user's module, in both modes: outputs, buffers and gradients."""
     model = example.model
     assert model is not None
-    flags = {module: module.training for module in model.modules()}
     dtype = str(next((p.dtype for p in model.parameters()), torch.float32)).removeprefix("torch.")
     rows = []
-    try:
-        for mode in ("eval", "train"):
-            model.train(mode == "train")
-            state = {
-                name: _leaf(value) for name, value in (*model.named_parameters(), *model.named_buffers())
-            }
-            args, kwargs = pytree.tree_map(_own, (example.args, example.kwargs))
-            with torch.random.fork_rng():
-                torch.manual_seed(0)
-                expected = torch.func.functional_call(model, state, args, kwargs, tie_weights=True)
-            args, kwargs = pytree.tree_map(_own, (example.args, example.kwargs))
-            module = emit(program).train(mode == "train")
-            with torch.random.fork_rng():
-                torch.manual_seed(0)
-                found = module(*args, **kwargs)
-            outputs = program.signature.outputs[0 if mode == "train" else -1]
-            error = tree_error(outputs, found, expected)
-            after = dict(module.named_buffers())
-            buffers = [name for name, _ in model.named_buffers() if name in after]
-            for name in buffers:
-                error = max(error, relative_error(after[name].double(), state[name].double()))
-            rows.append(Row(f"K = 1 emitted equals the model ({mode})", error, tolerance(dtype), dtype))
-            error = _gradient_error(outputs, state, expected, dict(module.named_parameters()), found)
-            rows.append(Row(f"K = 1 gradients equal the model's ({mode})", error, tolerance(dtype), dtype))
-    finally:
-        for module_, flag in flags.items():
-            module_.training = flag
+    for mode in ("eval", "train"):
+        state = {name: _leaf(value) for name, value in (*model.named_parameters(), *model.named_buffers())}
+        args, kwargs = pytree.tree_map(_own, (example.args, example.kwargs))
+        with untouched(model):
+            set_tensors(model.train(mode == "train"), state)
+            torch.manual_seed(0)
+            expected = model(*args, **kwargs)
+            theirs = dict(model.named_buffers())
+        args, kwargs = pytree.tree_map(_own, (example.args, example.kwargs))
+        module = emit(program).train(mode == "train")
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            found = module(*args, **kwargs)
+        outputs = program.signature.outputs[0 if mode == "train" else -1]
+        error = tree_error(outputs, found, expected)
+        for name, ours in module.named_buffers():
+            if name in theirs:
+                error = max(error, relative_error(ours.double(), theirs[name].double()))
+        rows.append(Row(f"K = 1 emitted equals the model ({mode})", error, tolerance(dtype), dtype))
+        error = _gradient_error(outputs, state, expected, dict(module.named_parameters()), found)
+        rows.append(Row(f"K = 1 gradients equal the model's ({mode})", error, tolerance(dtype), dtype))
     return rows
 
 

@@ -32,6 +32,7 @@ from graphsplit.program import Program, StateEntry, check, meta_of
 from graphsplit.signature import SCALARS, Outputs, Signature, as_call, leaf_names
 from graphsplit.tracing.functionalize import Functionalizer
 from graphsplit.tracing.modes import finish, merge_modes
+from graphsplit.untouched import set_tensors, untouched
 
 _PREFIX = "model"
 _LOGGERS = (
@@ -92,12 +93,26 @@ def trace(
 
 def _trace(model: nn.Module, call: _Call, dynamic: Mapping[str, tuple[int, ...]] | None) -> Program:
     """`trace` of flattened example inputs, in train and in eval mode."""
-    exports = []
-    with _restored(model):
+
+    def exported() -> Program:
+        exports = []
         for mode in (True, False):
-            model.train(mode)
-            exports.append(_export(model, call, dynamic))
-    return _assemble(model, call, *exports)
+            with untouched(model):
+                model.train(mode)
+                exports.append(_export(model, call, dynamic))
+        return _assemble(model, call, *exports)
+
+    try:
+        return exported()
+    except TraceError:
+        with untouched(model):
+            replaced = _run_once(model, call)
+            if not replaced:
+                raise
+            program = exported()
+            names = " and ".join(replaced)
+            note = f"forward gives {names} another shape in its first call: traced as it is then"
+            return dataclasses.replace(program, notes=(*program.notes, note))
 
 
 @dataclass(frozen=True)
@@ -255,19 +270,6 @@ def _is_wanted(name: str, wanted: Sequence[str]) -> bool:
     return name in wanted or any(part in wanted for part in parts if part)
 
 
-@contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    """Give every module its training flag, and the random generator its state, back."""
-    flags = {module: module.training for module in model.modules()}
-    random_state = torch.get_rng_state()
-    try:
-        yield
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
-        torch.set_rng_state(random_state)
-
-
 class _WithoutGraphs(io.TextIOBase):
     """A text stream that passes everything on but the graph that torch prints when it gives up."""
 
@@ -375,13 +377,27 @@ def _export(
     return exported, seen.outputs, seen.left_out
 
 
+def _run_once(model: nn.Module, call: _Call) -> list[str]:
+    """Leave the model as after a first call, but for values of buffers; name those of another shape.
+
+    torch.export takes a new value of a buffer for a write to it, which cannot change a shape.
+    """
+    before = dict(model.named_buffers())
+    copies = {name: buffer.detach().clone() for name, buffer in before.items()}
+    set_tensors(model, copies)
+    args, kwargs = call.unflatten(call.tensors)
+    with torch.no_grad():
+        model.eval()(*args, **kwargs)
+    after = dict(model.named_buffers())
+    set_tensors(model, {name: before[name] for name, copied in copies.items() if after.get(name) is copied})
+    return [name for name in before if name in after and after[name].shape != before[name].shape]
+
+
 def _explain(model: nn.Module, call: _Call, error: Exception) -> GraphsplitError:
-    """Tell the user's own error from torch.export's refusal: run the model once, on a copy of its buffers."""
-    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    """Tell the user's own error from torch.export's refusal: run the model once."""
     try:
-        args, kwargs = call.unflatten(call.tensors)
-        with torch.no_grad():
-            torch.func.functional_call(model, buffers, args, kwargs)
+        with untouched(model):
+            _run_once(model, call)
     except Exception as own:
         frames = traceback.extract_tb(own.__traceback__)
         failure = InputError(
