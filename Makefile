@@ -8,10 +8,10 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format types clean
+.PHONY: help setup demo test test-all lint format types clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile
 
 setup: $(STAMP) ## make .venv with the pinned packages and an editable install
 
@@ -28,8 +28,11 @@ demo: setup ## partition two models, the main job of graphsplit
 	$(BIN)/graphsplit partition examples/gpt2.py -k 2 -o out/gpt2 --force
 	$(BIN)/graphsplit partition examples/resnet50.py -k 2 -o out/resnet50 --force
 
-test: setup ## run the tests
-	$(BIN)/python -m pytest -n 2 -q
+test: setup ## run the tests, on a part of the zoo that has all its operations
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -q -m "not zoo"
+
+test-all: setup ## run the tests on the whole zoo
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -q
 
 lint: setup ## check style and format
 	$(BIN)/python -m ruff check .

@@ -44,8 +44,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 import graphsplit as gs  # noqa: E402
 from graphsplit.errors import UserError  # noqa: E402
 from graphsplit.program import Program, op_name  # noqa: E402
+from graphsplit.signature import as_call  # noqa: E402
 from graphsplit.verification import BOUND  # noqa: E402
-from laws import as_call  # noqa: E402
 from zoo import ZOO  # noqa: E402
 
 KS = (2, 4)

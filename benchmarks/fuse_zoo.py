@@ -32,7 +32,7 @@ from graphsplit._fuse import certify_fused  # noqa: E402
 from graphsplit.errors import UserError  # noqa: E402
 from graphsplit.fusion.cost import fusion_cost  # noqa: E402
 from graphsplit.passes.fuse import fuse  # noqa: E402
-from laws import as_call  # noqa: E402
+from graphsplit.signature import as_call  # noqa: E402
 from zoo import ZOO  # noqa: E402
 
 TEXT = """# The test zoo, fused

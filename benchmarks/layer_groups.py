@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import graphsplit as gs  # noqa: E402
 from graphsplit.errors import PartitionError, UserError  # noqa: E402
-from laws import as_call  # noqa: E402
+from graphsplit.signature import as_call  # noqa: E402
 from zoo import ZOO  # noqa: E402
 
 NUMBERS = (2, 4, 8)

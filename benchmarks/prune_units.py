@@ -28,7 +28,8 @@ from models import bert_base, resnet50  # noqa: E402
 
 import graphsplit as gs  # noqa: E402
 from graphsplit.errors import UserError  # noqa: E402
-from laws import as_call, tensors  # noqa: E402
+from graphsplit.signature import as_call  # noqa: E402
+from laws import tensors  # noqa: E402
 from zoo import ZOO  # noqa: E402
 
 STEPS = """# A step at half of the units

@@ -24,15 +24,11 @@ from graphsplit.cli import app
 from graphsplit.emission import random_state
 from graphsplit.plan import StatePlan
 from graphsplit.program import Program, check, op_name
+from graphsplit.signature import as_call
 from graphsplit.verification import in_double, opened
 
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-
-
-def as_call(inputs: Any) -> Call:
-    """Inputs of the zoo, a tuple by position or a dict by keyword, as ``(args, kwargs)``."""
-    return ((), inputs) if isinstance(inputs, dict) else (tuple(inputs), {})
 
 
 def tensors(value: Any) -> list[Tensor]:

@@ -26,8 +26,7 @@ from graphsplit.bundle import reader as bundle_reader
 from graphsplit.emission import ProgramModule, emit
 from graphsplit.errors import BundleError
 from graphsplit.program import Program, StateEntry
-from graphsplit.signature import as_call
-from zoo import ZOO
+from zoo import call_of, traced
 
 MODELS = ("mlp", "resnet_basic", "gpt", "auxiliary_head", "dataclass_output", "lifted_constant", "hub_bert")
 CERTIFICATE = {
@@ -36,12 +35,6 @@ CERTIFICATE = {
     "max_error": 3.5e-16,
     "rows": [{"name": "output", "error": 0.0}],
 }
-
-
-@functools.cache
-def traced(name: str) -> Program:
-    entry = ZOO[name]
-    return gs.trace(entry.build(), *as_call(entry.inputs(), None))
 
 
 @functools.cache
@@ -73,7 +66,7 @@ def assert_same(found: Program, expected: Program) -> None:
 
 
 def assert_same_outputs(found: ProgramModule, expected: ProgramModule, name: str) -> None:
-    args, kwargs = as_call(ZOO[name].inputs(), None)
+    args, kwargs = call_of(name)
     torch.manual_seed(0)
     theirs = expected(*args, **kwargs)
     torch.manual_seed(0)

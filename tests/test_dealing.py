@@ -27,7 +27,7 @@ DIVISIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def traced(name: str) -> gs.Program:
+def in_double(name: str) -> gs.Program:
     return gs.trace(ZOO[name].build().double(), _double(ZOO[name].inputs()))
 
 
@@ -64,7 +64,7 @@ def test_equal_shares_differ_by_one_unit_and_the_first_are_larger(size: int) -> 
 @pytest.mark.parametrize("division", DIVISIONS)
 @pytest.mark.parametrize("name", MODELS)
 def test_every_division_is_exact_and_its_plan_can_be_replayed(name: str, division: str) -> None:
-    program = traced(name)
+    program = in_double(name)
     part = gs.partition(program, **DIVISIONS[division])
     certificate = part.verify()
     assert certificate.ok
@@ -77,7 +77,7 @@ def test_every_division_is_exact_and_its_plan_can_be_replayed(name: str, divisio
 
 
 def test_strategies_deal_out_differently_and_the_same_seed_gives_the_same() -> None:
-    program = traced("gpt")
+    program = in_double("gpt")
     plans = {strategy: gs.partition(program, strategy=strategy, seed=1).plan for strategy in STRATEGIES}
     assert len({plan.to_json() for plan in plans.values()}) == len(STRATEGIES)
     for strategy, plan in plans.items():
@@ -95,7 +95,7 @@ def test_shares_are_kept_on_every_axis() -> None:
 
 
 def test_a_pipeline_takes_the_same_options() -> None:
-    program = traced("lenet")
+    program = in_double("lenet")
     found = Pipeline.parse("partition(k=2, shares=(3.0, 1.0), strategy='random', seed=5)")(program)
     part = gs.partition(program, shares=(3, 1), strategy="random", seed=5)
     assert [p.parameter_count() for p in found.items] == list(part.plan.parameter_counts())
@@ -160,7 +160,7 @@ def test_clustering_looks_at_weights_that_are_there() -> None:
 
 @pytest.mark.parametrize("name", ["lenet", "gpt", "llama_expand", "swin", "gru_bidirectional", "unet"])
 def test_merging_level_by_level_gives_means_at_every_level(name: str) -> None:
-    four = gs.partition(traced(name), k=4)
+    four = gs.partition(in_double(name), k=4)
     two = four.coarsen(2)
     assert two.verify().ok
     apart = [outputs(submodel, name) for submodel in four.submodels]
@@ -173,7 +173,7 @@ def test_merging_level_by_level_gives_means_at_every_level(name: str) -> None:
 
 
 def test_levels_merge_what_was_trained() -> None:
-    four = gs.partition(traced("lenet"), k=4)
+    four = gs.partition(in_double("lenet"), k=4)
     generator = torch.Generator().manual_seed(0)
     states = []
     for submodel in four.submodels:

@@ -14,8 +14,8 @@ from torch.utils import _pytree as pytree
 import graphsplit as gs
 from graphsplit.emission import ProgramModule
 from graphsplit.errors import UserError
-from laws import Step, as_call, assert_same_step, largest_difference, owned, step, tensors, uneven, wide
-from zoo import ZOO
+from laws import Step, assert_same_step, largest_difference, owned, step, tensors, uneven, wide
+from zoo import ZOO, call_of, traced
 
 MODELS = [
     "mlp_batchnorm_dropout", "resnet_basic", "convnext_stochastic_depth", "unet", "swin", "gpt_dropout", "llama_expand",
@@ -30,11 +30,7 @@ COMPILED = [
 
 @functools.cache
 def partition_of(name: str) -> gs.Partition:
-    return gs.partition(gs.trace(ZOO[name].build(), *as_call(ZOO[name].inputs())), k=2)
-
-
-def call_of(name: str) -> Any:
-    return as_call(ZOO[name].inputs())
+    return gs.partition(traced(name), k=2)
 
 
 def submodel_of(name: str) -> ProgramModule:

@@ -19,8 +19,8 @@ from graphsplit.ensembles import combined, margin_weights, weighted
 from graphsplit.errors import BundleError, InputError, PlanError, UserError
 from graphsplit.passes import Pipeline
 from graphsplit.program import check
-from laws import as_call, run
-from zoo import ZOO
+from laws import run
+from zoo import traced
 
 K = 3
 
@@ -71,7 +71,7 @@ SOME = ["lenet", "resnet_basic", "shufflenet_v2", "llama_two_kv_heads", "hub_ber
 
 @pytest.mark.parametrize("name", SOME)
 def test_the_zoo(name: str) -> None:
-    program = gs.trace(ZOO[name].build(), *as_call(ZOO[name].inputs()))
+    program = traced(name)
     team = gs.ensemble([program, program], [0.7, 0.6])
     certificate = team.verify()
     assert certificate.ok and certificate.max_error < 1e-11, certificate

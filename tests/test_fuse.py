@@ -22,8 +22,8 @@ from graphsplit.passes import fuse as fuse_pass
 from graphsplit.passes.base import Programs
 from graphsplit.passes.fuse import fuse as fuse_programs
 from graphsplit.program import check
-from laws import as_call, run, script
-from zoo import ZOO
+from laws import run, script
+from zoo import traced
 
 K = 3
 
@@ -70,7 +70,7 @@ SOME = [
 @pytest.mark.parametrize("name", SOME)
 @pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
 def test_fused_is_apart_on_the_zoo(name: str, own: bool) -> None:
-    program = gs.trace(ZOO[name].build(), *as_call(ZOO[name].inputs()))
+    program = traced(name)
     fused = fuse_programs([program, program], own_inputs=own)
     certificate = certify_fused(fused, program)
     assert certificate.ok, certificate
@@ -80,7 +80,7 @@ def test_fused_is_apart_on_the_zoo(name: str, own: bool) -> None:
 @pytest.mark.parametrize("name", ["lenet", "resnet_basic", "gpt_dropout", "hub_mixtral"])
 @pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
 def test_one_after_the_other_is_apart_too(name: str, own: bool) -> None:
-    program = gs.trace(ZOO[name].build(), *as_call(ZOO[name].inputs()))
+    program = traced(name)
     turns = fuse_programs([program, program], own_inputs=own, in_turn=True)
     certificate = certify_fused(turns, program)
     assert certificate.ok, certificate

@@ -5,7 +5,6 @@ what happens in one sub-model stays there. Passes leave their input alone, give 
 programs.
 """
 
-import functools
 from itertools import pairwise
 
 import pytest
@@ -15,11 +14,10 @@ from torch import Tensor
 import graphsplit as gs
 from graphsplit.analysis import analyse
 from graphsplit.passes import Merge, Partition, Programs
-from graphsplit.program import Program, check
+from graphsplit.program import check
 from laws import (
     Runner,
     Units,
-    as_call,
     assert_same_step,
     axes_of,
     largest_difference,
@@ -30,19 +28,14 @@ from laws import (
     step,
     tensors,
 )
-from zoo import ZOO
+from zoo import ZOO, call_of, traced
 
 EQUAL = 1e-10
 DIFFERENT = 1e-8
 
 
-@functools.cache
-def traced(name: str) -> Program:
-    return gs.trace(ZOO[name].build(), *as_call(ZOO[name].inputs()))
-
-
 def inputs_of(name: str) -> list[Tensor]:
-    return tensors(as_call(ZOO[name].inputs()))
+    return tensors(call_of(name))
 
 
 # Number of axes whose units can be exchanged, of all axes: the others meet an input or a table element-wise.
@@ -214,7 +207,7 @@ def test_partition_into_one_is_the_identity(name: str) -> None:
     assert str(one) == str(program)
     merged = Merge().run(result.programs).programs.single()
     assert str(merged) == str(program)
-    call = as_call(ZOO[name].inputs())
+    call = call_of(name)
     for training in (True, False):
         expected = step(gs.emit(program).train(training), call)
         for other in (one, merged):

@@ -11,8 +11,8 @@ from graphsplit.depth.plan import DepthPlan
 from graphsplit.errors import PartitionError, PlanError, UserError
 from graphsplit.passes import Pipeline
 from graphsplit.program import check
-from laws import as_call, assert_same_step, model_unchanged, step
-from zoo import ZOO
+from laws import assert_same_step, model_unchanged, step
+from zoo import ZOO, call_of, traced
 
 
 class Skips(nn.Module):
@@ -143,7 +143,7 @@ def test_a_stacked_recurrent_network_is_cut_between_its_layers() -> None:
 
 def test_what_training_writes_is_read_by_the_same_group_in_evaluation() -> None:
     entry = ZOO["running_statistic"]
-    groups = gs.layer_groups(entry.build(), *as_call(entry.inputs()), n=4)
+    groups = gs.layer_groups(entry.build(), entry.inputs(), n=4)
     assert groups.program.branches_on_training
     assert [("average" in program.state) for program in groups.programs].count(True) == 1
     certificate = groups.verify()
@@ -159,8 +159,8 @@ RECOMPOSED = (
 @pytest.mark.parametrize("name", RECOMPOSED)
 def test_zoo_is_recomposed_exactly(name: str) -> None:
     """The whole zoo: ``python benchmarks/layer_groups.py``."""
-    call = as_call(ZOO[name].inputs())
-    program = gs.trace(ZOO[name].build(), *call)
+    call = call_of(name)
+    program = traced(name)
     text = str(program)
     made = 0
     for n in (2, 4, 8):

@@ -14,8 +14,8 @@ from graphsplit import plan as plan_module
 from graphsplit.analysis.kinds import Kind
 from graphsplit.errors import PartitionError
 from graphsplit.program import op_name
-from laws import as_call, largest_difference, owned, step, tensors, wide
-from zoo import ZOO
+from laws import largest_difference, owned, step, tensors, wide
+from zoo import traced
 
 BOUND = 1e-9
 
@@ -399,7 +399,7 @@ def test_merged_models_train() -> None:
 
 @functools.cache
 def partition_of(name: str) -> gs.Partition:
-    return gs.partition(gs.trace(ZOO[name].build(), *as_call(ZOO[name].inputs())), k=2)
+    return gs.partition(traced(name), k=2)
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def _floats(value: Any) -> list[Tensor]:
 )
 def test_hand_written_models(name: str) -> None:
     entry = ZOO[name]
-    equal_to_graph(entry.build(), *as_call(entry.inputs(), None))
+    equal_to_graph(entry.build(), *as_call(entry.inputs()))
 
 
 class LeNet(nn.Module):

@@ -57,7 +57,7 @@ def program_of(name: str) -> tuple[Program, nn.Module, Any]:
     if name.startswith("hub"):
         pytest.importorskip("transformers")
     model, inputs = ZOO[name].build(), ZOO[name].inputs()
-    return gs.trace(model, *as_call(inputs, None)), model, inputs
+    return gs.trace(model, *as_call(inputs)), model, inputs
 
 
 def at_batch(inputs: Any, size: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -66,7 +66,7 @@ def at_batch(inputs: Any, size: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
     def larger(value: Any) -> Any:
         return torch.cat([value.flip(-1)] * size)[:size] if isinstance(value, Tensor) else value
 
-    return pytree.tree_map(larger, as_call(inputs, None))
+    return pytree.tree_map(larger, as_call(inputs))
 
 
 def run_file(path: Path, tensors: list[Tensor]) -> list[np.ndarray[Any, Any]]:

@@ -81,7 +81,7 @@ def test_the_file_gives_the_mean(name: str, tmp_path: Path) -> None:
     if name.startswith("hub"):
         pytest.importorskip("transformers")
     entry = ZOO[name]
-    args, kwargs = as_call(entry.inputs(), None)
+    args, kwargs = as_call(entry.inputs())
     part = gs.partition(entry.build(), args, kwargs, k=2)
     report = exported(part, tmp_path)
     leaves = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]

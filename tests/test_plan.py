@@ -17,8 +17,8 @@ from torch import Tensor, nn
 import graphsplit as gs
 from graphsplit.errors import PlanError
 from graphsplit.plan import PartitionPlan, decode_ranges, encode_ranges
-from laws import as_call, random_values, step, wide
-from zoo import ZOO
+from laws import random_values, step, wide
+from zoo import ZOO, call_of, traced
 
 MODELS = [
     "lenet", "mlp_batchnorm_dropout", "resnet_basic", "resnext", "shufflenet_v2", "densenet", "unet", "convnext",
@@ -29,7 +29,7 @@ MODELS = [
 
 @functools.cache
 def partition_of(name: str, k: int = 2) -> gs.Partition:
-    return gs.partition(gs.trace(ZOO[name].build(), *as_call(ZOO[name].inputs())), k=k)
+    return gs.partition(traced(name), k=k)
 
 
 def read_again(plan: PartitionPlan) -> PartitionPlan:
@@ -250,7 +250,7 @@ def test_plain_merge_fits_the_own_class_of_the_user(name: str) -> None:
     model = ZOO[name].build()
     model.load_state_dict(merged, strict=True)
     module = part.merge(duplicate=False)
-    call = as_call(ZOO[name].inputs())
+    call = call_of(name)
     expected, found = step(model.eval(), call), step(module.eval(), call)
     for a, b in zip(_flat(found.outputs), _flat(expected.outputs), strict=True):
         assert torch.equal(a, b)
@@ -544,7 +544,7 @@ def test_parameters_without_optimizer_state_get_none(part: gs.Partition) -> None
 @pytest.mark.parametrize("name", ["resnet_basic", "gpt", "lstm", "hub_bert_mlm"])
 def test_optimizer_states_of_models(name: str) -> None:
     part = partition_of(name)
-    call = as_call(ZOO[name].inputs())
+    call = call_of(name)
     submodels = [copy.deepcopy(submodel) for submodel in part.submodels]
     optimizers = [torch.optim.AdamW(submodel.parameters()) for submodel in submodels]
     for submodel, optimizer in zip(submodels, optimizers, strict=True):

@@ -1,7 +1,6 @@
 """Whole units: the pass `prune-units`, `gs.prune_units` and the command."""
 
 import copy
-import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from graphsplit.errors import PartitionError, UserError
 from graphsplit.passes import Pipeline, Programs
 from graphsplit.passes.prune_units import PruneUnits
 from graphsplit.program import Program, check
-from laws import as_call, largest_difference, program_unchanged, run
-from zoo import ZOO
+from laws import largest_difference, program_unchanged, run
+from zoo import call_of, traced
 
 # One or two of every family; `benchmarks/prune_units.py` goes through all.
 TRIED = [
@@ -38,13 +37,8 @@ REFUSED = {
 }
 
 
-@functools.cache
-def traced(name: str) -> Program:
-    return gs.trace(ZOO[name].build(), *as_call(ZOO[name].inputs()))
-
-
 def pruned(name: str, **options: Any) -> gs.PrunedUnits:
-    args, kwargs = as_call(ZOO[name].inputs())
+    args, kwargs = call_of(name)
     return gs.prune_units(traced(name), args, kwargs, **options)
 
 
@@ -60,7 +54,7 @@ def test_smaller_model_is_the_masked_one(name: str) -> None:
     before, after = found.parameters()
     assert after < before
     assert all(1 <= after == before - round(before / 2) for before, after in found.axes.values())
-    args, kwargs = as_call(ZOO[name].inputs())
+    args, kwargs = call_of(name)
     with torch.no_grad():
         small = found.module.eval()(*args, **kwargs)
         masked = found.masked().eval()(*args, **kwargs)

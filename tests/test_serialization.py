@@ -1,7 +1,6 @@
 """Programs as JSON data: exact round trips, and what is refused on the way out and on the way in."""
 
 import copy
-import functools
 import json
 import math
 import operator
@@ -30,8 +29,8 @@ from graphsplit.serialization import (
     spec_from_data,
     spec_to_data,
 )
-from graphsplit.signature import Outputs, Signature, as_call
-from zoo import ZOO
+from graphsplit.signature import Outputs, Signature
+from zoo import call_of, traced
 
 MODELS = (
     "mlp",  # the plainest
@@ -53,12 +52,6 @@ MODELS = (
 )
 
 
-@functools.cache
-def traced(name: str) -> Program:
-    entry = ZOO[name]
-    return gs.trace(entry.build(), *as_call(entry.inputs(), None))
-
-
 def tensors_of(program: Program) -> dict[str, Tensor]:
     return {name: entry.tensor for name, entry in program.state.items()}
 
@@ -75,7 +68,7 @@ def damaged(program: Program, change: Any) -> dict[str, Any]:
 
 
 def outputs_of(program: Program, name: str, training: bool) -> tuple[list[Any], Any]:
-    args, kwargs = as_call(ZOO[name].inputs(), None)
+    args, kwargs = call_of(name)
     torch.manual_seed(0)
     result = emit(program).train(training)(*args, **kwargs)
     leaves, spec = pytree.tree_flatten(result)

@@ -22,8 +22,8 @@ from graphsplit.passes import Pipeline, Programs
 from graphsplit.passes.sparsify import Sparsify
 from graphsplit.program import check
 from graphsplit.sparsity import METHODS, prunable
-from laws import as_call, largest_difference, program_unchanged, run, script
-from zoo import ZOO
+from laws import largest_difference, program_unchanged, run, script
+from zoo import ZOO, call_of
 
 EXACT = 1e-12
 # Small nets lose a layer at high sparsity; a test of its own is about that.
@@ -263,7 +263,7 @@ def test_masks_hold_in_modules_that_use_weights_by_themselves(kind: Callable[[],
 )
 def test_models_of_the_zoo(name: str) -> None:
     model = ZOO[name].build().eval()
-    call = as_call(ZOO[name].inputs())
+    call = call_of(name)
     found = gs.sparsify(model, *call, method="synflow", sparsity=0.5, iterations=3)
     args, kwargs = call
     expected = found.module().eval()(*args, **kwargs)

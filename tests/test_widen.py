@@ -1,7 +1,5 @@
 """The pass `widen`: the same function with more units, on models of every family, and what it refuses."""
 
-import functools
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,8 +10,8 @@ from graphsplit.errors import PartitionError, UserError
 from graphsplit.passes import Pipeline, Programs, Widen
 from graphsplit.passes.widen import widen
 from graphsplit.program import Program, check
-from laws import Runner, as_call, largest_difference, program_unchanged, tensors, wide
-from zoo import ZOO
+from laws import Runner, largest_difference, program_unchanged, tensors, wide
+from zoo import call_of, traced
 
 EXACT = 1e-11
 
@@ -62,14 +60,9 @@ TRIED = [
 ]
 
 
-@functools.cache
-def traced(name: str) -> Program:
-    return gs.trace(ZOO[name].build(), *as_call(ZOO[name].inputs()))
-
-
 def run(program: Program, name: str) -> list[Tensor]:
     """Outputs in float64, in eval mode, with the weights that the program has."""
-    runner = Runner(program, tensors(as_call(ZOO[name].inputs())))
+    runner = Runner(program, tensors(call_of(name)))
     return runner({key: wide(entry.tensor.detach()) for key, entry in program.state.items()})
 
 
@@ -209,7 +202,7 @@ def test_in_a_pipeline() -> None:
 
 def test_a_wider_model_divides_again() -> None:
     wider = widen(traced("gpt")).program
-    part = gs.partition(wider, *as_call(ZOO["gpt"].inputs()), k=4)
+    part = gs.partition(wider, *call_of("gpt"), k=4)
     assert part.verify().ok
 
 

@@ -12,28 +12,16 @@ from torch import Tensor, nn
 import graphsplit as gs
 from graphsplit.errors import PartitionError, UserError
 from graphsplit.plan import PartitionPlan
-from graphsplit.program import Program
-from laws import as_call, model_unchanged
-from zoo import ZOO
+from graphsplit.program import op_name
+from graphsplit.signature import as_call
+from laws import model_unchanged
+from zoo import ZOO, call_of, traced
 
 BOUND = 1e-9
 
 
-@functools.cache
-def traced(name: str) -> Program | UserError:
-    """A model's program; the refusal where it has none."""
-    try:
-        return gs.trace(ZOO[name].build(), *as_call(ZOO[name].inputs()))
-    except UserError as refusal:
-        return refusal
-
-
 def partition(name: str, k: int) -> gs.Partition:
-    """A partition of a model, which is traced once for all K."""
-    program = traced(name)
-    if isinstance(program, UserError):
-        raise program
-    return gs.partition(program, *as_call(ZOO[name].inputs()), k=k)
+    return gs.partition(traced(name), *call_of(name), k=k)
 
 
 # Why these are refused, in the words of the message.
@@ -82,10 +70,44 @@ FRACTIONS: dict[tuple[str, int], float] = {
     ("fourier_operator", 2): 0.27,
 }
 
-CASES = [(name, k) for name, entry in ZOO.items() for k in entry.k]
+# What `make test` tries, beside the models above: together they have every operation of the zoo.
+SOME = (
+    {name for name, _ in FRACTIONS}
+    | REFUSED.keys()
+    | {
+        "aspp", "vae", "norm_local_response", "norm_instance", "fourier_mixing", "encoder_decoder",
+        "text_cnn", "rnn", "prelu_channels", "glu", "cbam", "maxout", "weight_standardization",
+        "channel_slices", "where", "pixel_shuffle", "patch_merging", "softmax_closing", "conv3d",
+        "bilinear", "no_bias", "radiance_field", "mixture_density", "message_passing", "triplet_embedding",
+        "discriminator", "hub_modernbert", "hub_deberta_v2", "hub_fnet", "hub_convbert", "hub_xlnet",
+        "hub_roformer", "hub_esm", "hub_llama_loss", "hub_bitnet", "hub_diffllama", "hub_xglm",
+        "hub_falcon_grouped", "hub_deepseek_v2", "hub_olmoe", "hub_beit", "hub_focalnet", "hub_patchtst",
+        "hub_siglip", "hub_llava", "hub_wavlm", "hub_clip",
+    }
+)  # fmt: skip
+
+CASES = [
+    pytest.param(name, k, id=f"{name}-{k}", marks=() if name in SOME else pytest.mark.zoo)
+    for name, entry in ZOO.items()
+    for k in entry.k
+]
 
 
-@pytest.mark.parametrize(("name", "k"), CASES, ids=[f"{name}-{k}" for name, k in CASES])
+@functools.cache
+def operations(name: str) -> frozenset[str]:
+    if name in REFUSED:
+        return frozenset()
+    return frozenset(op_name(node) for node in traced(name).nodes() if node.op == "call_function")
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", [name for name in ZOO if name not in SOME])
+def test_some_have_every_operation(name: str) -> None:
+    missing = operations(name) - frozenset[str]().union(*map(operations, SOME))
+    assert not missing, f"no model of SOME has them: put {name} there"
+
+
+@pytest.mark.parametrize(("name", "k"), CASES)
 def test_partition_is_exact_or_refused(name: str, k: int) -> None:
     if name in REFUSED:
         with pytest.raises(UserError, match=REFUSED[name]) as caught:
