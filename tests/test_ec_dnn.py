@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import graphsplit as gs
 from graphsplit.errors import UserError
-from graphsplit.train.ensembles import _Run
 from graphsplit.train.learner import Learning
 from graphsplit.train.replicas import Labels, Replica, Task, is_convex, tensors_of
+from graphsplit.train.rounds import Run
 from graphsplit.train.sharding import Examples, ShardSampler, deal
 from laws import script
 
@@ -225,14 +225,14 @@ def test_members_make_an_ensemble_that_is_proved_and_exported(tmp_path: Path) ->
 
 
 def test_local_model_is_the_compressed_replica_of_the_smallest_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept: list[_Run] = []
-    trained = _Run._trained
+    kept: list[Run] = []
+    trained = Run._trained
 
-    def keeping(self: _Run) -> gs.train.EnsembleTrained:
+    def keeping(self: Run) -> gs.train.EnsembleTrained:
         kept.append(self)
         return trained(self)
 
-    monkeypatch.setattr(_Run, "_trained", keeping)
+    monkeypatch.setattr(Run, "_trained", keeping)
     found = run()
     losses = found.rounds[-1].compression_losses
     best = kept[0].workers.mine[losses.index(min(losses))]
