@@ -30,6 +30,7 @@ from graphsplit.errors import UserError
 from graphsplit.train.exchange import Apart, Together
 from graphsplit.train.learner import Learning
 from graphsplit.train.loop import Batches, Metric, seed_epoch
+from graphsplit.train.panel import Exchange
 from graphsplit.train.processes import Watch, process_group
 from graphsplit.train.replicas import Replica, Task
 from graphsplit.train.rounds import EnsembleTrained, Round, Run
@@ -69,13 +70,16 @@ class EnsembleCompression(Learning):
         alpha: Weight of the true targets in compression.
         beta: Weight of the ensemble's answers.
         diversity: lambda of eq. 9; the distance is between answers, probabilities where targets are classes.
-            Each round sends the compressed replicas, too, where it is not 0.
+            Each round sends the compressed replicas, or what they predict, too, where it is not 0.
         warmup: Steps at the start after each of which ``"ma"`` averages (post-local SGD: with an optimizer
             that is linear in the gradients, as SGD with momentum, this is synchronous training).
         keep: Dtype of the answers that are kept for compression.
         on_nan: What to do with a worker that diverged: ``"stop"``, or ``"leave_out"``: it is no part of the
             global model and goes on from the replica of the smallest training loss.
         patience: Stop after as many rounds without a smaller test loss of the global model.
+        exchange: What workers send each other to know what the ensemble answers: all ``"replicas"``; or
+            ``"predictions"`` on the examples that are labelled, for which every process needs all the data,
+            and runs its own replica only. Numbers are the same to the last bit.
         device: Where replicas are trained; in several processes ``"cuda"`` is that of the local rank.
         seed: Of shards, orders and dropout.
 
@@ -99,12 +103,14 @@ class EnsembleCompression(Learning):
     keep: torch.dtype = torch.float16
     on_nan: Literal["stop", "leave_out"] = "stop"
     patience: int | None = None
+    exchange: Exchange = "replicas"
     device: str | torch.device = "cpu"
     seed: int = 0
 
     def __post_init__(self) -> None:
         choices = {"method": get_args(MethodName), "weights": get_args(WeightRule),
-                   "average": get_args(Average), "on_nan": ("stop", "leave_out")}  # fmt: skip
+                   "average": get_args(Average), "on_nan": ("stop", "leave_out"),
+                   "exchange": get_args(Exchange)}  # fmt: skip
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise UserError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
@@ -118,6 +124,11 @@ class EnsembleCompression(Learning):
         for name in ("alpha", "beta", "diversity", "warmup"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}, and cannot be negative")
+        if self.exchange == "predictions" and self.method not in ("ec", "e"):
+            raise UserError(
+                f"method {self.method!r} makes no ensemble whose predictions could be sent",
+                hint="give exchange='replicas', or method 'ec' or 'e'",
+            )
         if self.method == "ec" and self.p and not self.compression_steps:
             raise UserError(
                 f"a share p of {self.p} of {self.tau} steps is no step of compression",
@@ -180,7 +191,7 @@ class EnsembleCompression(Learning):
         device = _device(self.device, parallel=parallel)
         task = Task(examples, loss, pseudo_loss or loss, device, self.seed, self.batch, self.keep)
         with self._workers(model, task, dealt, parallel=parallel) as workers:
-            return Run(self, workers, task, test, error, on_round).run(checkpoint)
+            return Run(self, workers, task, dealt, test, error, on_round).run(checkpoint)
 
     @contextmanager
     def _workers(

@@ -7,9 +7,10 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,11 @@ from torch import Tensor, nn
 from graphsplit.ensembles import Ensemble, InTurn, LeastSquares
 from graphsplit.errors import UserError
 from graphsplit.train.checkpoints import Checkpoints, check_same
-from graphsplit.train.exchange import Together, mean_buffers
+from graphsplit.train.exchange import Apart, Together, mean_buffers
 from graphsplit.train.loop import Batches, Metric, call, evaluate
+from graphsplit.train.panel import DistantPanel, Panel
 from graphsplit.train.replicas import Labels, Replica, Task, is_convex, tensors_of
+from graphsplit.train.sharding import ShardSampler
 
 if TYPE_CHECKING:
     from graphsplit.train.ensembles import EnsembleCompression
@@ -41,7 +44,7 @@ class Round:
         weights: Of the replicas in the global model.
         left_out: Workers that were left out, as they diverged.
         seconds: Wall time of each worker: local training, answers, compression; without tests.
-        bytes: Between all workers together.
+        bytes: Between all workers together, without those of tests with predictions.
         communication_seconds: Of the first process; 0 in one process.
         learning_rate: Of the first worker, at the end.
     """
@@ -111,6 +114,7 @@ class Run:
         settings: EnsembleCompression,
         workers: Together,
         task: Task,
+        shards: Sequence[Sequence[int]],
         test: Batches | None,
         error: Metric | None,
         on_round: Callable[[Round], None] | None,
@@ -121,9 +125,13 @@ class Run:
         self.test = test
         self.error = error
         self.on_round = on_round
+        self.shards = shards
         _check_alike(workers)
-        # A place for every worker's replica, to compute what the ensemble answers.
-        self.team = [copy.deepcopy(workers.mine[0].model) for _ in range(workers.k)]
+        self.panel = (
+            DistantPanel(workers, task, settings.average, shards)
+            if isinstance(workers, Apart) and settings.exchange == "predictions"
+            else Panel(workers, task, settings.average, settings.exchange)
+        )
         self.rounds: list[Round] = []
 
     @property
@@ -202,14 +210,13 @@ class Run:
         settings, workers = self.settings, self.workers
         if settings.method != "ec" or not settings.diversity or not number:
             return {}
-        workers.spread({replica.number: tensors_of(replica.model) for replica in workers.mine}, self.team)
+        self.panel.seat({replica.number: tensors_of(replica.model) for replica in workers.mine})
         weights = torch.full((self.k,), 1 / self.k)
-        return {
-            replica.number: replica.answers(
-                replica.sampler(first, count), self.team, weights, "simple", settings.average
-            )
-            for replica in workers.mine
-        }
+
+        def batches(worker: int) -> ShardSampler:
+            return self.task.local(worker, self.shards[worker], first, count)
+
+        return self.panel.answers(batches, weights, range(self.k), "simple")
 
     def _lost(self, losses: Sequence[float], number: int) -> tuple[int, ...]:
         """Workers that diverged.
@@ -232,10 +239,12 @@ class Run:
 
     def _restart(self, lost: Sequence[int], best: int) -> None:
         """Let workers that diverged go on from the best replica of the team; by averaging, from the mean."""
+        if not lost:
+            return
+        start = None if self.settings.method == "ma" else self.panel.tensors(best)
         for replica in self.workers.mine:
             if replica.number in lost:
-                start = replica.model if self.settings.method == "ma" else self.team[best]
-                replica.restart(tensors_of(start))
+                replica.restart(start or tensors_of(replica.model))
 
     def _aggregate(self, number: int, left_out: Sequence[int]) -> Tensor:
         """Make the global model of the replicas: the team in its place; returns the weights."""
@@ -245,15 +254,16 @@ class Run:
             workers.average()
             if self.test is not None or number == settings.rounds - 1:
                 with workers.counter.pausing():
-                    workers.spread(grown, self.team)
+                    self.panel.seat(grown)
             return torch.full((self.k,), 1 / self.k)
-        workers.spread(grown, self.team)
+        self.panel.seat(grown)
         kept = [worker for worker in range(self.k) if worker not in left_out]
         if settings.method == "ma":
+            team = [self.panel.models[worker] for worker in kept]
             for replica in workers.mine:
-                _put_mean([self.team[worker] for worker in kept], replica.model)
+                _put_mean(team, replica.model)
                 if replica.number in left_out:
-                    mean_buffers([self.team[worker] for worker in kept], replica.model)
+                    mean_buffers(team, replica.model)
         weights = torch.zeros(self.k)
         weights[kept] = 1 / len(kept)
         if settings.weights == "regression" and settings.method in ("ec", "e"):
@@ -262,33 +272,30 @@ class Run:
 
     def _regression(self, number: int, kept: Sequence[int]) -> Tensor:
         """Weights by least squares over the relabelled examples of all workers."""
-        team = [self.team[worker] for worker in kept]
-        average = self.settings.average
-        found = {
-            replica.number: replica.least_squares(self._relabelled(replica, number), team, average)
-            for replica in self.workers.mine
-        }
+        found = self.panel.least_squares(partial(self._relabelled, number), kept)
         sums = self.workers.gather({n: (own.products, own.moments) for n, own in found.items()})
-        together = LeastSquares(len(kept), average)
+        together = LeastSquares(len(kept), self.settings.average)
         for products, moments in sums:
             together.products += products
             together.moments += moments
         return together.weights()
 
-    def _relabelled(self, replica: Replica, number: int) -> Any:
+    def _relabelled(self, number: int, worker: int) -> ShardSampler:
         steps = self.settings.compression_steps or round(self.settings.p * self.settings.tau)
-        return replica.relabelled(number, self.settings.mu, max(steps, 1))
+        return self.task.relabelled(worker, self.shards[worker], number, self.settings.mu, max(steps, 1))
 
     def _compress(self, number: int, weights: Tensor, left_out: Sequence[int]) -> list[float]:
         """Distil the ensemble into every replica; the mean losses on true targets."""
         settings = self.settings
         kept = [worker for worker in range(self.k) if worker not in left_out]
-        team, own = [self.team[worker] for worker in kept], weights[kept]
-        found = {}
-        for replica in self.workers.mine:
-            sampler = self._relabelled(replica, number)
-            labels = replica.answers(sampler, team, own, settings.weights, settings.average)
-            found[replica.number] = replica.compress(sampler, number, settings.alpha, settings.beta, labels)
+        batches = partial(self._relabelled, number)
+        labels = self.panel.answers(batches, weights, kept, settings.weights)
+        found = {
+            replica.number: replica.compress(
+                batches(replica.number), number, settings.alpha, settings.beta, labels[replica.number]
+            )
+            for replica in self.workers.mine
+        }
         return self.workers.gather(found)
 
     # Tests
@@ -306,35 +313,30 @@ class Run:
         if self.test is None:
             return record
         kept = [worker for worker in range(self.k) if worker not in left_out]
-        found: Any = None
-        if self.workers.leads:
-            found = [self._evaluate(self.team[worker]) for worker in kept]
-            found.append(self._evaluate(self._global(weights, kept)))
-        *locals_, whole = self.workers.shared(found)
+        whole = self._global(weights, kept, self.panel.body(kept))
+        locals_, (loss, error) = self.panel.measured(self._evaluate, whole, kept, self.test)
         record["local_losses"] = tuple(loss for loss, _ in locals_)
-        record["test_loss"], record["test_error"] = whole
+        record["test_loss"], record["test_error"] = loss, error
         if self.error is not None:
             record["local_errors"] = tuple(error for _, error in locals_)
         return record
 
-    def _evaluate(self, model: nn.Module) -> tuple[float, float | None]:
-        assert self.test is not None
-        return evaluate(model, self.task.loss, self.test, error=self.error, device=self.task.device)
+    def _evaluate(self, model: nn.Module, test: Batches) -> tuple[float, float | None]:
+        return evaluate(model, self.task.loss, test, error=self.error, device=self.task.device)
 
-    def _global(self, weights: Tensor, kept: Sequence[int]) -> nn.Module:
-        """The global model; its parts are the team's."""
+    def _global(self, weights: Tensor, kept: Sequence[int], body: nn.Module) -> nn.Module:
+        """The global model, of the models of the panel, or of what ``body`` gives."""
         settings = self.settings
-        team = [self.team[worker] for worker in kept]
         if settings.method == "s":
-            return team[0]
+            return self.panel.models[0]
         if settings.method == "ma":
+            team = [self.panel.models[worker] for worker in kept]
             whole = copy.deepcopy(team[0])
             _put_mean(team, whole)
             mean_buffers(team, whole)
             return whole
-        return Ensemble(
-            InTurn(team), weights[list(kept)].to(self.task.device), settings.weights, settings.average
-        )
+        own = weights[list(kept)].to(self.task.device)
+        return Ensemble(cast(Any, body), own, settings.weights, settings.average)
 
     def _probe(self) -> None:
         """Warn of a loss that is not convex in the outputs."""
@@ -342,7 +344,8 @@ class Run:
         if not self.workers.leads:
             return
         with torch.random.fork_rng(), torch.no_grad():
-            _, inputs, targets = next(self.task.examples.read(replica.sampler(0, 1), self.task.device))
+            batches = self.task.local(replica.number, replica.shard, 0, 1)
+            _, inputs, targets = next(self.task.examples.read(batches, self.task.device))
             outputs = call(copy.deepcopy(replica.model), inputs)
         if isinstance(outputs, Tensor) and not is_convex(self.task.loss, outputs, targets):
             warnings.warn(
@@ -363,16 +366,17 @@ class Run:
 
     def _trained(self) -> EnsembleTrained:
         last = self.rounds[-1]
-        workers = self.workers
-        workers.spread({replica.number: replica.grown for replica in workers.mine}, self.team)
+        workers, team = self.workers, self.panel.models
+        workers.spread({replica.number: replica.grown for replica in workers.mine}, team)
         kept = [worker for worker in range(self.k) if worker not in last.left_out]
-        whole = copy.deepcopy(self._global(torch.tensor(last.weights), kept))
-        members = [copy.deepcopy(self.team[worker]) for worker in kept]
+        body = InTurn([team[worker] for worker in kept])
+        whole = copy.deepcopy(self._global(torch.tensor(last.weights), kept, body))
+        members = [copy.deepcopy(team[worker]) for worker in kept]
         losses = last.compression_losses or last.losses
         best = _smallest(losses, kept)
         if last.compression_losses:
-            workers.spread({replica.number: tensors_of(replica.model) for replica in workers.mine}, self.team)
-        local = copy.deepcopy(self.team[best])
+            workers.spread({replica.number: tensors_of(replica.model) for replica in workers.mine}, team)
+        local = copy.deepcopy(team[best])
         return EnsembleTrained(whole, local, members, list(self.rounds))
 
     # Checkpoints
@@ -383,11 +387,11 @@ class Run:
 
     def _facts(self, replica: Replica) -> dict[str, Any]:
         """Settings on which the numbers depend, as plain data."""
-        made_by_functions = {"optimizer", "scheduler", "device", "rounds", "patience"}
+        of_no_account = {"optimizer", "scheduler", "device", "rounds", "patience", "exchange"}
         settings = {
             name: value if isinstance(value, (int, float, str, type(None))) else str(value)
             for name, value in vars(self.settings).items()
-            if name not in made_by_functions
+            if name not in of_no_account
         }
         return settings | {"examples": len(self.task.examples), "shard": list(replica.shard)}
 
