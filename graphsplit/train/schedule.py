@@ -61,7 +61,8 @@ class PartitionSchedule:
         trained = schedule.fit(train_loader, test_loader)
 
     Those with a loop of their own need three calls: ``part.submodels``, ``part.merge(...)`` and
-    ``part.plan.merge_optimizer_states(...)``; see ``examples/train_apart_then_merge.py``.
+    ``part.plan.merge_optimizer_states(...)``; see ``examples/train_apart_then_merge.py``, and for the Trainer
+    of transformers ``examples/trainer_partition.py``.
 
     Args:
         partition: Its sub-models, with the weights that they have now, are where training starts. They are
