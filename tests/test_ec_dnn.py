@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import dataclasses
 import sys
 import warnings
 from collections.abc import Callable
@@ -358,6 +359,18 @@ def test_early_stop() -> None:
     assert len(found.rounds) == 3
 
 
+def test_patience_is_not_lost_by_a_test_loss_that_is_no_number() -> None:
+    losses = [float("nan"), 0.5, 0.4, 0.3]
+
+    def loss(outputs: Tensor, y: Tensor) -> Tensor:
+        found = F.cross_entropy(outputs, y)
+        return found if torch.is_grad_enabled() or len(y) != 40 else found * 0 + losses[len(rounds)]
+
+    rounds: list[gs.train.Round] = []
+    settings(patience=1, rounds=4).run(net, data(), loss, test=[data(40)], on_round=rounds.append)
+    assert [record.test_loss for record in rounds][1:] == pytest.approx(losses[1:])
+
+
 def test_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "log.csv"
     found = run(on_round=gs.train.CSVLog(path))
@@ -445,6 +458,16 @@ def test_a_checkpoint_of_another_configuration(tmp_path: Path) -> None:
     (tmp_path / "worker_0.round_0.pt").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"worker_0.round_0.pt is no checkpoint"):
         run(checkpoint=tmp_path)
+
+
+def test_a_checkpoint_of_fewer_workers(tmp_path: Path) -> None:
+    """It is refused, not begun anew and written over; one whose first round is not whole is begun anew."""
+    run({"rounds": 1, "k": 2}, checkpoint=tmp_path)
+    with pytest.raises(UserError, match=r"another configuration: its k is 2, and is 3 here"):
+        run({"rounds": 1}, checkpoint=tmp_path)
+    (tmp_path / "worker_1.round_0.pt").unlink()
+    found = run({"rounds": 1, "k": 2}, checkpoint=tmp_path)
+    assert numbers(found) == numbers(run({"rounds": 1, "k": 2}))
 
 
 # Workers that diverge
@@ -605,6 +628,23 @@ def test_data_and_shards_that_do_not_fit() -> None:
         run(shards=[range(3), range(4), range(91)])
     with pytest.raises(UserError, match=r"a generator cannot be dealt out"):
         settings().run(net, (pair for pair in [data()]), F.cross_entropy)  # type: ignore[arg-type]
+
+
+def test_answers_too_large_to_be_kept() -> None:
+    """Targets of 1e5 are no half-precision numbers; that is no matter of the learning rate."""
+    x = data()[0]
+    given = (x, 2e5 + x[:, :2])
+    build = lambda: nn.Sequential(nn.Linear(5, 2))  # noqa: E731
+    training = settings(optimizer=sgd(0.1), weights="regression", diversity=0.0)
+    with pytest.raises(UserError, match=r"answers up to \d.* do not fit in float16.*keep=torch.float32"):
+        training.run(build, given, F.mse_loss)
+    found = dataclasses.replace(training, keep=torch.float32).run(build, given, F.mse_loss)
+    assert found.rounds[-1].losses[0] < found.rounds[0].losses[0]
+
+
+def test_a_model_without_anything_to_train() -> None:
+    with pytest.raises(UserError, match=r"no parameter of the model is to be trained"):
+        settings().run(net().requires_grad_(False), data(), F.cross_entropy)
 
 
 def test_a_loss_that_takes_no_answers() -> None:

@@ -40,10 +40,21 @@ class Labels:
         self._values: Tensor | None = None
 
     def put(self, numbers: Sequence[int], values: Tensor) -> None:
-        """Keep answers ``[N, ...]``."""
+        """Keep answers ``[N, ...]``.
+
+        Raises:
+            UserError: One is larger than any number of the dtype.
+        """
+        kept = values.to(self._dtype)
+        if bool((kept.isinf() & values.isfinite()).any()):
+            name = str(self._dtype).removeprefix("torch.")
+            raise UserError(
+                f"answers up to {float(values.abs().max()):.3g} do not fit in {name}, in which they are kept",
+                hint="give keep=torch.float32, or targets of a smaller scale",
+            )
         if self._values is None:
             self._values = values.new_empty((len(self._rows), *values.shape[1:]), dtype=self._dtype)
-        self._values[[self._rows[number] for number in numbers]] = values.to(self._dtype)
+        self._values[[self._rows[number] for number in numbers]] = kept
 
     def of(self, numbers: Sequence[int]) -> Tensor:
         """The answers for these examples, ``[N, ...]``, in float32 at least."""
@@ -100,6 +111,9 @@ class Replica:
         grown: Its tensors at the last aggregation.
         alive: Called for every batch; raises where another process is gone.
         seconds: Wall time of the present round.
+
+    Raises:
+        UserError: The model has no parameter that is trained.
     """
 
     def __init__(
@@ -110,6 +124,11 @@ class Replica:
         self.shard = shard
         self._learning = learning
         self.learner = Learner(model, learning.optimizer, learning)
+        if not self.learner.trained:
+            raise UserError(
+                "no parameter of the model is to be trained",
+                hint="requires_grad is off for all of them, or there is none",
+            )
         self.grown: dict[str, Tensor] = {}
         self.alive: Callable[[], None] = lambda: None
         self.seconds = 0.0

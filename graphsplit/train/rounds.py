@@ -358,9 +358,12 @@ class Run:
         """True after as many rounds without progress as the user has patience for."""
         losses = [record.test_loss for record in self.rounds if record.test_loss is not None]
         patience = self.settings.patience
-        return (
-            patience is not None and bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= patience
+        if patience is None or not losses:
+            return False
+        best = min(
+            range(len(losses)), key=lambda number: (math.isnan(losses[number]), losses[number], number)
         )
+        return len(losses) - 1 - best >= patience
 
     # The end
 
@@ -405,6 +408,7 @@ class Run:
         """Load the newest round that every worker has; the number of the round to go on with."""
         found = store.newest()
         if found is None:
+            self._refuse_others(store)
             return 0
         for replica in self.workers.mine:
             with store.loading(found, replica.number, self.task.device) as state:
@@ -412,6 +416,14 @@ class Run:
                 replica.load_state_dict(state["replica"])
                 self.rounds = [Round(**record) for record in state["rounds"]]
         return found + 1
+
+    def _refuse_others(self, store: Checkpoints) -> None:
+        """Refuse a folder where some workers have rounds of another training, to be written over."""
+        for replica in self.workers.mine:
+            newest = max(store.moments(replica.number), default=None)
+            if newest is not None:
+                with store.loading(newest, replica.number, self.task.device) as state:
+                    check_same(state["settings"], self._facts(replica), store.folder)
 
 
 def _smallest(losses: Sequence[float], among: Sequence[int]) -> int:
