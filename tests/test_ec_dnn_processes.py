@@ -61,6 +61,8 @@ try:
             trained = settings(**changes).run(Slow, data(), torch.nn.functional.cross_entropy, parallel=True)
         elif case == "hard":
             trained = hard(name, parallel=True)
+        elif case == "seed":
+            trained = run(changes | {{"seed": rank}}, parallel=True)
         elif case in ("shards", "test"):
             shards = [range(40), range(40 + rank, 90)] if case == "shards" else None
             trained = run(changes, parallel=True, shards=shards, test=[data(40)] * (1 + (case == "test") * rank))
@@ -208,6 +210,14 @@ def test_predictions_need_the_same_data_in_all_processes(tmp_path: Path, case: s
         for process in processes:
             said, _ = process.communicate(timeout=600)
             assert process.returncode == 4 and text in said, said
+
+
+def test_settings_are_the_same_in_all_processes(tmp_path: Path) -> None:
+    """A seed of each process's own would deal the same example to several workers."""
+    with launched(tmp_path, "seed", {"ec": CASES["ec"]}) as processes:
+        for process in processes:
+            said, _ = process.communicate(timeout=600)
+            assert process.returncode == 4 and "worker 1 has seed 1, and worker 0 has 0" in said, said
 
 
 @pytest.mark.slow

@@ -214,9 +214,8 @@ class EnsembleCompression(Learning):
                     f"{size} processes for {k} workers",
                     hint=f"start the script with torchrun --nproc-per-node={k}",
                 )
-            watch = Watch(f"worker {rank}")
-            yield Apart(made(rank), k, watch)
-            watch.close()
+            with Watch(f"worker {rank}") as watch:
+                yield Apart(made(rank), k, watch)
 
 
 def _device(device: str | torch.device, *, parallel: bool) -> torch.device:

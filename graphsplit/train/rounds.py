@@ -126,6 +126,7 @@ class Run:
         self.error = error
         self.on_round = on_round
         self.shards = shards
+        _check_settings(workers, settings)
         _check_alike(workers)
         self.panel = (
             DistantPanel(workers, task, settings.average, shards)
@@ -390,12 +391,8 @@ class Run:
 
     def _facts(self, replica: Replica) -> dict[str, Any]:
         """Settings on which the numbers depend, as plain data."""
-        of_no_account = {"optimizer", "scheduler", "device", "rounds", "patience", "exchange"}
-        settings = {
-            name: value if isinstance(value, (int, float, str, type(None))) else str(value)
-            for name, value in vars(self.settings).items()
-            if name not in of_no_account
-        }
+        of_no_account = {"rounds", "patience", "exchange"}
+        settings = {name: value for name, value in _plain(self.settings).items() if name not in of_no_account}
         return settings | {"examples": len(self.task.examples), "shard": list(replica.shard)}
 
     def _save(self, store: Checkpoints, number: int) -> None:
@@ -429,6 +426,31 @@ class Run:
 def _smallest(losses: Sequence[float], among: Sequence[int]) -> int:
     """The worker of the smallest loss that is finite."""
     return min(among, key=lambda worker: (not math.isfinite(losses[worker]), losses[worker], worker))
+
+
+def _plain(settings: EnsembleCompression) -> dict[str, Any]:
+    """Settings as plain data, without what is made by functions, and where."""
+    return {
+        name: value if isinstance(value, (int, float, str, type(None))) else str(value)
+        for name, value in vars(settings).items()
+        if name not in ("optimizer", "scheduler", "device")
+    }
+
+
+def _check_settings(workers: Together, settings: EnsembleCompression) -> None:
+    """Refuse processes with settings of their own, which would deal examples, and wait, each in its way.
+
+    Raises:
+        UserError: The first worker and setting that differ.
+    """
+    first, *others = workers.everywhere(_plain(settings))
+    for worker, own in enumerate(others, start=1):
+        for name, value in own.items():
+            if value != first[name]:
+                raise UserError(
+                    f"worker {worker} has {name} {value}, and worker 0 has {first[name]}",
+                    hint="give all processes the same settings, also the same seed",
+                )
 
 
 def _check_alike(workers: Together) -> None:

@@ -139,9 +139,8 @@ class PartitionSchedule:
         if self.mode == "in_turn":
             run = _Fit(self, data, test, folder)
             return run.finish(self._merge([run.train_part(part) for part in range(self.partition.k)]))
-        with process_group() as (rank, world):
+        with process_group() as (rank, world), Watch(f"process {rank}") as watch:
             who = f"process {rank}"
-            watch = Watch(who)
             run = _Fit(self, data, test, folder, watch)
             mine = {part: run.train_part(part) for part in range(rank, self.partition.k, world)}
             with naming_the_lost(who):
@@ -157,7 +156,6 @@ class PartitionSchedule:
                 merging.put(state)
                 history = History(epochs, merging.seconds)
                 trained = Trained(merging.model, merging.optimizer, merging.submodels, history)
-            watch.close()
             return trained
 
     def _trainee(self, model: nn.Module) -> _Trainee:
