@@ -2,7 +2,7 @@
 
     python examples/ec_dnn.py
     python examples/ec_dnn.py --method ma --checkpoint run/
-    torchrun --standalone --nproc-per-node=4 examples/ec_dnn.py --parallel
+    torchrun --standalone --nproc-per-node=4 examples/ec_dnn.py --parallel --exchange predictions
 
 A small network on scikit-learn's digits, dealt to K workers. With --parallel each process is one worker, and
 the numbers are the same. Takes a few seconds on a CPU.
