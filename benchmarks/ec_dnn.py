@@ -59,7 +59,9 @@ answers and compression, without communication and tests. It is the median over 
 error at all. Global models exist once a round only, so that both are coarse where tau is large.
 
 *If synchronous* are the bytes of the gradients that synchronous steps (DDP) would have sent in as many
-steps; the last round of EC-DNN sends replicas before and, with diversity, after compression.
+steps; the last round of EC-DNN sends replicas before and, with diversity, after compression. *By
+predictions* are the bytes of a round with `exchange="predictions"`, which changes no other number, counted in
+a second round of the same settings; by E-DNN nothing has to be known of others until the end.
 
 {sections}## Improvement of the global model over its replicas
 
@@ -74,8 +76,9 @@ SECTION = """## {title}, K = {k}
 
 {steps} steps of each worker, {parameters:,} parameters.
 
-| method | error of G | error of L | sooner: steps, time | bytes of a round | if synchronous | settings |
-| --- | --- | --- | --- | --- | --- | --- |
+| method | error of G | error of L | sooner: steps, time | bytes of a round | by predictions | if \
+synchronous | settings |
+| --- | --- | --- | --- | --- | --- | --- | --- |
 {rows}
 
 ![test error of the global model by steps](ec_dnn_{name}_{k}.svg)
@@ -140,15 +143,22 @@ def drawn(method: str, number: int) -> dict[str, Any]:
 
 
 def trained(
-    case: Case, method: str, k: int, chosen: dict[str, Any], seed: int, data: tuple[Data, Data]
+    case: Case,
+    method: str,
+    k: int,
+    chosen: dict[str, Any],
+    seed: int,
+    data: tuple[Data, Data],
+    **changes: Any,
 ) -> gs.train.EnsembleTrained:
     """One run."""
     options = dict(chosen)
     rate = options.pop("rate")
     if "beta" in options:
         options["alpha"] = 1 - options["beta"]
+    options |= {"rounds": case.steps // options["tau"], **changes}
     settings = gs.train.EnsembleCompression(
-        k=k, rounds=case.steps // options["tau"], batch=case.batch, seed=seed, on_nan="leave_out",
+        k=k, batch=case.batch, seed=seed, on_nan="leave_out",
         optimizer=lambda model: torch.optim.SGD(model.parameters(), rate, momentum=0.9),
         **METHODS[method], **options,
     )  # fmt: skip
@@ -192,6 +202,14 @@ def measure(case: Case, method: str, k: int, seeds: int) -> dict[str, Any]:
         ]  # fmt: skip
         runs.append({"rounds": rounds, "local": 100 * local})
     return {"trials": scores, "settings": best, "runs": runs}
+
+
+def of_predictions(case: Case, method: str, k: int, chosen: dict[str, Any]) -> int | None:
+    """Bytes of a round that sends predictions; None where there is no ensemble."""
+    if METHODS[method]["method"] not in ("ec", "e"):
+        return None
+    found = trained(case, method, k, chosen, 0, case.data(), rounds=2, exchange="predictions")
+    return found.rounds[-1].bytes
 
 
 # The report
@@ -239,6 +257,7 @@ def row(method: str, found: dict[str, Any], averaged: dict[str, Any], synchronou
     ratios, seeds = sooner(found, averaged), len(found["runs"])
     settings = ", ".join(f"{name} {value}" for name, value in found["settings"].items())
     sent = found["runs"][0]["rounds"][-1]["bytes"]
+    predicted = "-" if found["predictions"] is None else f"{found['predictions']:,}"
     speed = "never"
     if ratios:
         steps, seconds = medians(ratios)
@@ -246,7 +265,7 @@ def row(method: str, found: dict[str, Any], averaged: dict[str, Any], synchronou
     steps_apart = "-" if method == "S-DNN" else f"{synchronous * found['settings']['tau']:,}"
     return (
         f"| {method} | {spread(globals_of(found))} | {spread([run['local'] for run in found['runs']])} | "
-        f"{speed} | {sent:,} | {steps_apart} | {settings} |"
+        f"{speed} | {sent:,} | {predicted} | {steps_apart} | {settings} |"
     )
 
 
@@ -354,10 +373,14 @@ def main() -> None:
         for k in options.k:
             own = results.setdefault(f"{name} {k}", {})
             for method in METHODS:
-                if method in own and len(own[method]["runs"]) >= options.seeds:
+                case = CASES[name]
+                if method not in own or len(own[method]["runs"]) < options.seeds:
+                    own[method] = measure(case, method, k, options.seeds)
+                elif "predictions" in own[method]:
                     continue
-                own[method] = measure(CASES[name], method, k, options.seeds)
-                print(name, k, method, spread(globals_of(own[method])), own[method]["settings"], flush=True)
+                found = own[method]
+                found["predictions"] = of_predictions(case, method, k, found["settings"])
+                print(name, k, method, spread(globals_of(found)), found["settings"], flush=True)
                 KEPT.write_text(json.dumps(results, indent=None) + "\n")
     report(results, options.seeds)
 

@@ -2,7 +2,7 @@
 
     python examples/ec_dnn.py
     python examples/ec_dnn.py --method ma --checkpoint run/
-    torchrun --standalone --nproc-per-node=4 examples/ec_dnn.py --parallel
+    torchrun --standalone --nproc-per-node=4 examples/ec_dnn.py --parallel --exchange predictions
 
 A small network on scikit-learn's digits, dealt to K workers. With --parallel each process is one worker, and
 the numbers are the same. Takes a few seconds on a CPU.
@@ -33,6 +33,7 @@ def main(arguments: list[str] | None = None) -> gs.train.EnsembleTrained:
     parser.add_argument("--tau", type=int, default=30, help="steps of a worker in a round")
     parser.add_argument("--method", choices=("ec", "ma", "e", "s"), default="ec")
     parser.add_argument("--weights", choices=("simple", "regression", "margin"), default="simple")
+    parser.add_argument("--exchange", choices=("replicas", "predictions"), default="replicas")
     parser.add_argument("--checkpoint", help="a folder to go on from")
     parser.add_argument("--parallel", action="store_true", help="one worker in each process of torchrun")
     options = parser.parse_args(arguments)
@@ -40,6 +41,7 @@ def main(arguments: list[str] | None = None) -> gs.train.EnsembleTrained:
     images, labels = gs.data.digits()
     training = gs.train.EnsembleCompression(
         k=options.k, rounds=options.rounds, tau=options.tau, method=options.method, weights=options.weights,
+        exchange=options.exchange,
         optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9),
     )  # fmt: skip
     found = training.run(

@@ -824,11 +824,13 @@ def test_every_example_says_how_to_run_it_and_has_a_test() -> None:
         *("char_lstm", "gpt2", "lenet", "paper_cifar10", "paper_mnist", "pipeline", "resnet50", "small_gpt"),
         *(
             "ec_dnn",
+            "lightning_ec_dnn",
             "local_critics",
             "sparse_from_the_start",
             "synthetic_labels",
             "train_apart_then_merge",
             "train_fused",
+            "trainer_partition",
         ),
     }
     for name in names:

@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import dataclasses
 import sys
 import warnings
 from collections.abc import Callable
@@ -16,9 +17,11 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import graphsplit as gs
 from graphsplit.errors import UserError
-from graphsplit.train.ensembles import _Run
+from graphsplit.train.exchange import Together
 from graphsplit.train.learner import Learning
+from graphsplit.train.panel import Panel
 from graphsplit.train.replicas import Labels, Replica, Task, is_convex, tensors_of
+from graphsplit.train.rounds import Run
 from graphsplit.train.sharding import Examples, ShardSampler, deal
 from laws import script
 
@@ -73,13 +76,22 @@ def replica(model: nn.Module, keep: torch.dtype = torch.float64) -> Replica:
     return Replica(0, model, Learning(optimizer=sgd(0.5)), task, range(30))
 
 
+def answers(
+    worker: Replica, sampler: ShardSampler, team: list[nn.Module], weights: Tensor, average: Any = "outputs"
+) -> Labels:
+    """Of a team of two, on batches of one worker."""
+    panel = Panel(Together([worker], 1), worker.task, average, "replicas")
+    panel.models = team
+    return panel.answers(lambda _: sampler, weights, [0, 1], "regression")[0]
+
+
 def test_local_training_follows_equation_9() -> None:
     own, others = plain(), [plain(), plain()]
     x, y = data(dtype=torch.float64)
     worker = replica(copy.deepcopy(own))
-    sampler = worker.sampler(0, 1)
+    sampler = worker.task.local(0, range(30), 0, 1)
     (chosen,) = sampler
-    mean = worker.answers(sampler, others, torch.full((2,), 0.5), "simple", "outputs")
+    mean = answers(worker, sampler, others, torch.full((2,), 0.5))
     worker.train(0, 1, 0.7, mean)
     target = sum(other(x[chosen]) for other in others).detach().div(2).softmax(1)  # type: ignore[union-attr]
     scores = own(x[chosen])
@@ -95,13 +107,13 @@ def test_compression_follows_equation_10() -> None:
     own, team, weights = plain(), [plain(), plain()], torch.tensor([0.3, 0.7], dtype=torch.float64)
     x, y = data(dtype=torch.float64)
     worker = replica(copy.deepcopy(own))
-    sampler = worker.relabelled(2, 0.5, 1)
+    sampler = worker.task.relabelled(0, range(30), 2, 0.5, 1)
     (chosen,) = sampler
-    labels = worker.answers(sampler, team, weights, "regression", "probabilities")
+    labels = answers(worker, sampler, team, weights, "probabilities")
     worker.compress(sampler, 2, 0.4, 0.6, labels)
-    answers = sum(w * member(x[chosen]).softmax(1) for w, member in zip(weights, team, strict=True)).detach()  # type: ignore[union-attr]
+    expected = sum(w * member(x[chosen]).softmax(1) for w, member in zip(weights, team, strict=True)).detach()  # type: ignore[union-attr]
     scores = own(x[chosen])
-    loss = 0.4 * F.cross_entropy(scores, y[chosen]) - 0.6 * (answers * scores.log_softmax(1)).sum(1).mean()
+    loss = 0.4 * F.cross_entropy(scores, y[chosen]) - 0.6 * (expected * scores.log_softmax(1)).sum(1).mean()
     gradients = torch.autograd.grad(loss, list(own.parameters()))
     for moved, parameter, gradient in zip(
         worker.model.parameters(), own.parameters(), gradients, strict=True
@@ -114,18 +126,20 @@ def test_squared_errors_have_outputs_as_answers() -> None:
     y = torch.randn(90, 3, dtype=torch.float64)
     task = Task(Examples((x, y)), F.mse_loss, F.mse_loss, torch.device("cpu"), 0, 8, torch.float64)
     worker, team = Replica(0, plain(), Learning(), task, range(30)), [plain(), plain()]
-    sampler = worker.sampler(0, 2)
-    labels = worker.answers(sampler, team, torch.full((2,), 0.5), "simple", "outputs")
+    sampler = task.local(0, range(30), 0, 2)
+    labels = answers(worker, sampler, team, torch.full((2,), 0.5))
     chosen = next(iter(sampler))
     expected = (team[0](x[chosen]) + team[1](x[chosen])) / 2
     torch.testing.assert_close(labels.of(chosen), expected.detach())
 
 
 def test_only_a_share_is_relabelled_and_kept_small() -> None:
-    worker = replica(plain())
-    seen = {number for batch in worker.relabelled(0, 0.5, 40) for number in batch}
-    assert len(seen) == 15 and seen <= set(range(30))
-    assert seen != {number for batch in worker.relabelled(1, 0.5, 40) for number in batch}
+    task = replica(plain()).task
+    first, second = (
+        {number for batch in task.relabelled(0, range(30), moment, 0.5, 40) for number in batch}
+        for moment in (0, 1)
+    )
+    assert len(first) == 15 and first <= set(range(30)) and first != second
     labels = Labels([4, 7], torch.float16)
     labels.put([7, 4], torch.tensor([[0.25, 1 / 3], [1.0, 2.0]]))
     assert labels._values is not None and labels._values.dtype == torch.float16
@@ -142,8 +156,7 @@ def test_averaging_is_that_of_parameters() -> None:
     for number in range(2):
         for worker, model in enumerate(own):
             optimizer = sgd()(model)
-            seed = Replica(worker, plain(), Learning(), _task(x, y), shards[worker]).sampler(6 * number, 6)
-            for chosen in seed:
+            for chosen in _task(x, y).local(worker, shards[worker], 6 * number, 6):
                 optimizer.zero_grad()
                 F.cross_entropy(model(x[chosen]), y[chosen]).backward()
                 optimizer.step()
@@ -167,7 +180,7 @@ def test_warm_up_is_synchronous_training() -> None:
     found = training.run(start, (x, y), F.cross_entropy)
     shards, model = deal(90, 2, 0), copy.deepcopy(start)
     optimizer = sgd(0.1, 0.9)(model)
-    samplers = [Replica(w, plain(), Learning(), _task(x, y), shards[w]).sampler(0, 6) for w in range(2)]
+    samplers = [_task(x, y).local(worker, shards[worker], 0, 6) for worker in range(2)]
     for batches in zip(*samplers, strict=True):
         optimizer.zero_grad()
         for chosen in batches:
@@ -225,14 +238,14 @@ def test_members_make_an_ensemble_that_is_proved_and_exported(tmp_path: Path) ->
 
 
 def test_local_model_is_the_compressed_replica_of_the_smallest_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept: list[_Run] = []
-    trained = _Run._trained
+    kept: list[Run] = []
+    trained = Run._trained
 
-    def keeping(self: _Run) -> gs.train.EnsembleTrained:
+    def keeping(self: Run) -> gs.train.EnsembleTrained:
         kept.append(self)
         return trained(self)
 
-    monkeypatch.setattr(_Run, "_trained", keeping)
+    monkeypatch.setattr(Run, "_trained", keeping)
     found = run()
     losses = found.rounds[-1].compression_losses
     best = kept[0].workers.mine[losses.index(min(losses))]
@@ -268,6 +281,27 @@ def test_bytes_between_workers() -> None:
     assert [record.bytes for record in run().rounds] == [6 * size, 12 * size, 12 * size]
     assert [record.bytes for record in run({"method": "ma"}).rounds] == [4 * weights] * 3
     assert [record.bytes for record in run({"method": "s"}).rounds] == [0] * 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "times", "diverse"),
+    [({"diversity": 0.0}, 1, 0), ({}, 1, 1), ({"weights": "regression"}, 2, 1), ({"method": "e"}, 0, 0)],
+)
+def test_predictions_in_place_of_replicas(changes: dict[str, Any], times: int, diverse: int) -> None:
+    """All numbers are the same, but for bytes: those of the outputs for examples that are labelled."""
+    replicas, predictions = run(changes), run({**changes, "exchange": "predictions"})
+    task, shards = _task(*data()), deal(90, 3, 0)
+    for one, two in zip(numbers(replicas), numbers(predictions), strict=True):
+        labelled = 0
+        for worker, shard in enumerate(shards):
+            relabelled = task.relabelled(worker, shard, one["number"], 0.7, 2)
+            local = task.local(worker, shard, 4 * one["number"], 4) if one["number"] else []
+            for many, sampler in ((times, relabelled), (diverse, local)):
+                labelled += many * len({number for batch in sampler for number in batch})
+        assert two.pop("bytes") == 2 * labelled * 3 * 4 < one.pop("bytes")
+        assert one == two
+    assert same(replicas.global_model, predictions.global_model)
+    assert same(replicas.local_model, predictions.local_model)
 
 
 class Named(nn.Module):
@@ -323,6 +357,18 @@ def test_precision_clipping_and_schedules() -> None:
 def test_early_stop() -> None:
     found = run({"optimizer": sgd(0.0), "patience": 2, "rounds": 9, "method": "ma"})
     assert len(found.rounds) == 3
+
+
+def test_patience_is_not_lost_by_a_test_loss_that_is_no_number() -> None:
+    losses = [float("nan"), 0.5, 0.4, 0.3]
+
+    def loss(outputs: Tensor, y: Tensor) -> Tensor:
+        found = F.cross_entropy(outputs, y)
+        return found if torch.is_grad_enabled() or len(y) != 40 else found * 0 + losses[len(rounds)]
+
+    rounds: list[gs.train.Round] = []
+    settings(patience=1, rounds=4).run(net, data(), loss, test=[data(40)], on_round=rounds.append)
+    assert [record.test_loss for record in rounds][1:] == pytest.approx(losses[1:])
 
 
 def test_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -414,6 +460,16 @@ def test_a_checkpoint_of_another_configuration(tmp_path: Path) -> None:
         run(checkpoint=tmp_path)
 
 
+def test_a_checkpoint_of_fewer_workers(tmp_path: Path) -> None:
+    """It is refused, not begun anew and written over; one whose first round is not whole is begun anew."""
+    run({"rounds": 1, "k": 2}, checkpoint=tmp_path)
+    with pytest.raises(UserError, match=r"another configuration: its k is 2, and is 3 here"):
+        run({"rounds": 1}, checkpoint=tmp_path)
+    (tmp_path / "worker_1.round_0.pt").unlink()
+    found = run({"rounds": 1, "k": 2}, checkpoint=tmp_path)
+    assert numbers(found) == numbers(run({"rounds": 1, "k": 2}))
+
+
 # Workers that diverge
 
 
@@ -464,6 +520,54 @@ def test_all_diverged() -> None:
         run({"optimizer": sgd(float("nan")), "on_nan": "leave_out"})
 
 
+class Noisy(Rows):
+    """Examples that are drawn anew whenever they are read, in batches of mappings."""
+
+    def __getitem__(self, number: int) -> Any:
+        inputs, target = super().__getitem__(number)
+        return {"features": inputs["features"] + 0.1 * torch.randn(5)}, target
+
+
+def hard(exchange: str, **options: Any) -> gs.train.EnsembleTrained:
+    """Shards of unlike sizes, random examples, nested outputs, and workers that diverge in two places."""
+
+    def loss(outputs: dict[str, Tensor], y: Tensor) -> Tensor:
+        return F.cross_entropy(outputs["logits"], y)
+
+    def breaking(own: Callable[..., float], worker: int, place: int, moment: int) -> Callable[..., float]:
+        def broken(self: Replica, *rest: Any) -> float:
+            found = own(self, *rest)
+            if self.number == worker and rest[place] == moment:
+                next(self.model.parameters()).data.fill_(float("inf"))
+            return found
+
+        return broken
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Replica, "train", breaking(Replica.train, 1, 0, 4))
+        patch.setattr(Replica, "compress", breaking(Replica.compress, 0, 1, 2))
+        return settings(exchange=exchange, weights="regression", on_nan="leave_out", rounds=4).run(
+            Named, Noisy(), loss, shards=[range(40), range(40, 46), range(30, 60)],
+            test=[({"features": x}, y) for x, y in (data(40), data(50))], **options,
+        )  # fmt: skip
+
+
+def test_predictions_of_unequal_shards_without_a_worker_that_diverged() -> None:
+    replicas, predictions = hard("replicas"), hard("predictions")
+    assert [record.left_out for record in predictions.rounds] == [(), (1,), (), ()]
+    for one, two in zip(numbers(replicas), numbers(predictions), strict=True):
+        assert one.pop("bytes") and two.pop("bytes") and one == two
+    assert same(replicas.local_model, predictions.local_model)
+
+
+def test_a_checkpoint_goes_on_with_another_exchange(tmp_path: Path) -> None:
+    """It changes nothing of what is learnt."""
+    whole = run({"rounds": 3})
+    run({"rounds": 2}, checkpoint=tmp_path)
+    found = run({"rounds": 3, "exchange": "predictions"}, checkpoint=tmp_path)
+    assert same(found.local_model, whole.local_model) and found.rounds[1].bytes == whole.rounds[1].bytes
+
+
 # Shards
 
 
@@ -505,6 +609,8 @@ def test_shards_of_unequal_size() -> None:
         ({"on_nan": "ignore"}, "on_nan is 'ignore'"),
         ({"tau": 3, "p": 0.1}, r"p of 0.1 of 3 steps is no step of compression"),
         ({"patience": 2}, "patience needs test data"),
+        ({"exchange": "outputs"}, "exchange is 'outputs', expected one of replicas, predictions"),
+        ({"exchange": "predictions", "method": "ma"}, r"'ma' makes no ensemble.*exchange='replicas'"),
         ({"k": 91}, "90 examples cannot be dealt to 91 workers"),
     ],
 )
@@ -522,6 +628,23 @@ def test_data_and_shards_that_do_not_fit() -> None:
         run(shards=[range(3), range(4), range(91)])
     with pytest.raises(UserError, match=r"a generator cannot be dealt out"):
         settings().run(net, (pair for pair in [data()]), F.cross_entropy)  # type: ignore[arg-type]
+
+
+def test_answers_too_large_to_be_kept() -> None:
+    """Targets of 1e5 are no half-precision numbers; that is no matter of the learning rate."""
+    x = data()[0]
+    given = (x, 2e5 + x[:, :2])
+    build = lambda: nn.Sequential(nn.Linear(5, 2))  # noqa: E731
+    training = settings(optimizer=sgd(0.1), weights="regression", diversity=0.0)
+    with pytest.raises(UserError, match=r"answers up to \d.* do not fit in float16.*keep=torch.float32"):
+        training.run(build, given, F.mse_loss)
+    found = dataclasses.replace(training, keep=torch.float32).run(build, given, F.mse_loss)
+    assert found.rounds[-1].losses[0] < found.rounds[0].losses[0]
+
+
+def test_a_model_without_anything_to_train() -> None:
+    with pytest.raises(UserError, match=r"no parameter of the model is to be trained"):
+        settings().run(net().requires_grad_(False), data(), F.cross_entropy)
 
 
 def test_a_loss_that_takes_no_answers() -> None:

@@ -5,16 +5,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from graphsplit.errors import UserError
-from test_ec_dnn import data, net, numbers, run, same, settings
+from test_ec_dnn import data, hard, net, numbers, run, same, settings
 from test_local_processes import alone, free_port  # noqa: F401  (a fixture)
 
 SCRIPT = """
@@ -23,7 +24,7 @@ sys.path.insert(0, {tests!r})
 import torch
 import graphsplit as gs
 from graphsplit.train import replicas
-from test_ec_dnn import data, net, numbers, run, settings
+from test_ec_dnn import data, hard, net, numbers, run, settings
 
 torch.set_num_threads(1)
 folder, case = sys.argv[1], sys.argv[2]
@@ -58,6 +59,13 @@ try:
         checkpoint = f"{{folder}}/{{name}}" if case in ("dies", "kept") else None
         if case == "slow":
             trained = settings(**changes).run(Slow, data(), torch.nn.functional.cross_entropy, parallel=True)
+        elif case == "hard":
+            trained = hard(name, parallel=True)
+        elif case == "seed":
+            trained = run(changes | {{"seed": rank}}, parallel=True)
+        elif case in ("shards", "test"):
+            shards = [range(40), range(40 + rank, 90)] if case == "shards" else None
+            trained = run(changes, parallel=True, shards=shards, test=[data(40)] * (1 + (case == "test") * rank))
         else:
             trained = run(changes, parallel=True, checkpoint=checkpoint)
         found[name] = (
@@ -130,10 +138,12 @@ def launched(
             process.communicate()
 
 
-def check(folder: Path, rank: int, cases: dict[str, dict[str, object]]) -> None:
+def check(
+    folder: Path, rank: int, cases: dict[str, dict[str, object]], one: Callable[..., Any] = run
+) -> None:
     found = torch.load(folder / f"{rank}.pt", weights_only=True)
     for name, changes in cases.items():
-        expected = run(changes)
+        expected = one(changes)
         records, whole, local, seconds = found[name]
         assert records == numbers(expected), name
         for model, state in ((expected.global_model, whole), (expected.local_model, local)):
@@ -156,13 +166,70 @@ def test_the_numbers_are_those_of_one_process(tmp_path: Path) -> None:
         check(tmp_path, rank, {"ma": CASES["ma"]})
 
 
+PREDICTIONS: dict[str, dict[str, object]] = {
+    "ec": {"k": 2, "exchange": "predictions"},
+    "regression": {"k": 2, "weights": "regression", "average": "probabilities", "exchange": "predictions"},
+    "margin": {"k": 2, "weights": "margin", "diversity": 0.0, "exchange": "predictions"},
+    "e": {"k": 2, "method": "e", "exchange": "predictions"},
+}
+
+
+def test_so_where_predictions_are_sent(tmp_path: Path) -> None:
+    """Bit for bit, bytes included, those of one process, which are those of sent replicas; also after a checkpoint."""
+    for _ in range(2):
+        with launched(tmp_path, "kept", PREDICTIONS) as processes:
+            for process in processes:
+                text, _ = process.communicate(timeout=600)
+                assert process.returncode == 0, text
+        (tmp_path / "ec" / "worker_1.round_2.pt").unlink(missing_ok=True)  # it goes on from round 1
+    for rank in range(2):
+        check(tmp_path, rank, PREDICTIONS)
+
+
 @pytest.mark.slow
-def test_three_workers(tmp_path: Path) -> None:
-    with launched(tmp_path, "plain", {"ec": {}, "regression": {"weights": "regression"}}, 3) as processes:
+@pytest.mark.parametrize("exchange", ["replicas", "predictions"])
+def test_so_with_unequal_shards_random_examples_and_workers_that_diverge(
+    tmp_path: Path, exchange: str
+) -> None:
+    with launched(tmp_path, "hard", {exchange: {}}, 3) as processes:
         for process in processes:
             text, _ = process.communicate(timeout=600)
             assert process.returncode == 0, text
-    check(tmp_path, 2, {"ec": {}, "regression": {"weights": "regression"}})
+    check(tmp_path, 1, {exchange: {}}, lambda _: hard(exchange))
+
+
+@pytest.mark.parametrize(
+    ("case", "text"),
+    [
+        ("shards", "worker 1 has other examples or shards than worker 0"),
+        ("test", "worker 1 tests 2 batches of 80 ex"),
+    ],
+)
+def test_predictions_need_the_same_data_in_all_processes(tmp_path: Path, case: str, text: str) -> None:
+    with launched(tmp_path, case, {"ec": PREDICTIONS["ec"]}) as processes:
+        for process in processes:
+            said, _ = process.communicate(timeout=600)
+            assert process.returncode == 4 and text in said, said
+
+
+def test_settings_are_the_same_in_all_processes(tmp_path: Path) -> None:
+    """A seed of each process's own would deal the same example to several workers."""
+    with launched(tmp_path, "seed", {"ec": CASES["ec"]}) as processes:
+        for process in processes:
+            said, _ = process.communicate(timeout=600)
+            assert process.returncode == 4 and "worker 1 has seed 1, and worker 0 has 0" in said, said
+
+
+@pytest.mark.slow
+def test_three_workers(tmp_path: Path) -> None:
+    cases: dict[str, dict[str, object]] = {
+        "ec": {}, "regression": {"weights": "regression"}, "predictions": {"exchange": "predictions"},
+    }  # fmt: skip
+    with launched(tmp_path, "plain", cases, 3) as processes:
+        for process in processes:
+            text, _ = process.communicate(timeout=600)
+            assert process.returncode == 0, text
+    check(tmp_path, 2, cases)
 
 
 def test_a_lost_worker_ends_the_others_within_seconds(tmp_path: Path) -> None:
@@ -204,7 +271,7 @@ def test_torchrun_brings_a_run_back_from_its_checkpoint(tmp_path: Path) -> None:
 
 def test_a_run_that_is_killed_at_any_moment_goes_on(tmp_path: Path) -> None:
     """Killed from outside, at a moment that is not chosen."""
-    cases: dict[str, dict[str, object]] = {"ec": {"k": 2, "rounds": 40}}
+    cases: dict[str, dict[str, object]] = {"ec": {"k": 2, "rounds": 40, "exchange": "predictions"}}
     with launched(tmp_path, "kept", cases) as processes:
         limit = time.monotonic() + 300
         while not (tmp_path / "ec" / "worker_1.round_3.pt").exists() and time.monotonic() < limit:
@@ -234,14 +301,26 @@ def test_one_process_is_enough_for_one_worker() -> None:
 
 def test_chunks_are_bounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Small chunks give the same."""
-    small = "import graphsplit.train.exchange as exchange\nexchange.CHUNK = 100\n"
+    small = """
+import torch.distributed as dist
+import graphsplit.train.exchange as exchange
+exchange.CHUNK = 100
+def bounded(collective, place):
+    def checked(*args, **options):
+        assert args[place].nbytes <= 100
+        return collective(*args, **options)
+    return checked
+dist.all_gather = bounded(dist.all_gather, 1)
+dist.all_to_all_single = bounded(dist.all_to_all_single, 1)
+"""
     script = SCRIPT.replace("torch.set_num_threads(1)\n", f"torch.set_num_threads(1)\n{small}")
     monkeypatch.setattr(sys.modules[__name__], "SCRIPT", script)
-    with launched(tmp_path, "plain", {"ec": CASES["ec"]}) as processes:
+    cases = {"ec": CASES["ec"], "predictions": PREDICTIONS["ec"]}
+    with launched(tmp_path, "plain", cases) as processes:
         for process in processes:
             text, _ = process.communicate(timeout=600)
             assert process.returncode == 0, text
-    check(tmp_path, 0, {"ec": CASES["ec"]})
+    check(tmp_path, 0, cases)
 
 
 def test_parallel_needs_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:

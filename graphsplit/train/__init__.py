@@ -5,13 +5,14 @@ Miranda & Von Zuben, "Reducing the Training Time of Neural Networks by Partition
 
 from graphsplit.train.admm import ADMM, ADMMStep
 from graphsplit.train.descent import SufficientDescent
-from graphsplit.train.ensembles import EnsembleCompression, EnsembleTrained, Round
+from graphsplit.train.ensembles import EnsembleCompression
 from graphsplit.train.history import Epoch, History
 from graphsplit.train.local import LocalEpoch, LocalLosses
 from graphsplit.train.logs import CSVLog, TensorBoardLog
 from graphsplit.train.loop import Batches, evaluate, fit, misclassified
 from graphsplit.train.methods import JointLosses, SyntheticGradients
 from graphsplit.train.per_model import PerModelAdamW, PerModelSGD
+from graphsplit.train.rounds import EnsembleTrained, Round
 from graphsplit.train.schedule import PartitionSchedule, Trained
 from graphsplit.train.sharding import ShardSampler
 from graphsplit.train.stage import Recipe

@@ -58,10 +58,11 @@ class Checkpoints:
 
     def newest(self) -> int | None:
         """The newest moment that every part has, in every process."""
-        here = set.intersection(*map(self._moments, self._mine))
+        here = set.intersection(*map(self.moments, self._mine))
         return max(set.intersection(*self._gather(here)), default=None)
 
-    def _moments(self, part: int) -> set[int]:
+    def moments(self, part: int) -> set[int]:
+        """Moments of which a part has a file here."""
         names = [path.name for path in self.folder.glob(f"{self._part}_{part}.{self._moment}_*.pt")]
         return {int(found[1]) for found in map(_NUMBER.search, names) if found}
 

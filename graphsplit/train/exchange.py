@@ -1,7 +1,8 @@
-"""What goes between workers: tensors of replicas, in one process or several, with bytes and seconds counted.
+"""What goes between workers: replicas or predictions, in one process or several, with bytes and seconds.
 
 Bytes are those of all workers together: with K workers of S bytes each a gather is K (K - 1) S, an average by
-a ring all-reduce 2 (K - 1) S. In one process nothing is sent, and the same bytes are counted.
+a ring all-reduce 2 (K - 1) S. Predictions of P bytes for the examples of one worker are (K - 1) P. In one
+process nothing is sent, and the same bytes are counted.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from graphsplit.train.processes import Watch, gather, naming_the_lost, share
 from graphsplit.train.replicas import Replica, put_tensors
 
 CHUNK = 32 << 20
-"""Bytes of a replica that one collective sends at most."""
+"""Bytes that one collective takes from a process at most."""
 
 
 class Counter:
@@ -84,6 +85,11 @@ class Together:
             put_tensors(module, values[worker])
         self.counter.bytes += self.k * (self.k - 1) * size_of(values[self.mine[0].number])
 
+    def send(self, worker: int, values: Mapping[int, Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """The tensors of one worker, for all."""
+        self.counter.bytes += (self.k - 1) * size_of(values[worker])
+        return values[worker]
+
     def average(self) -> None:
         """Give every replica the mean of all parameters; buffers stay its own."""
         columns = [[p for p in replica.model.parameters() if p.requires_grad] for replica in self.mine]
@@ -127,23 +133,57 @@ class Apart(Together):
     def spread(self, values: Mapping[int, Mapping[str, Tensor]], team: Sequence[nn.Module]) -> None:
         """Send the tensors of this worker to all, in chunks, and receive theirs."""
         own = values[self._rank]
-        flat = torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in own.values()])
-        flat = flat.to(self._device)
+        flat = torch.cat([self._flat(tensor) for tensor in own.values()])
         found = [torch.empty_like(flat) for _ in range(self.k)]
         with self._naming(), self.counter.timing():
             for first in range(0, len(flat), CHUNK):
                 pieces = [into[first : first + CHUNK] for into in found]
                 dist.all_gather(pieces, flat[first : first + CHUNK].contiguous())
-        sizes = [tensor.nbytes for tensor in own.values()]
         for module, content in zip(team, found, strict=True):
-            put_tensors(
-                module,
-                {
-                    name: piece.clone().view(tensor.dtype).view(tensor.shape)
-                    for (name, tensor), piece in zip(own.items(), content.split(sizes), strict=True)
-                },
-            )
+            put_tensors(module, _like(own, content))
         self.counter.bytes += self.k * (self.k - 1) * len(flat)
+
+    def send(self, worker: int, values: Mapping[int, Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """The same by a broadcast, in chunks."""
+        own = values[self._rank]
+        flat = torch.cat([self._flat(tensor) for tensor in own.values()])
+        with self._naming(), self.counter.timing():
+            for first in range(0, len(flat), CHUNK):
+                dist.broadcast(flat[first : first + CHUNK], src=worker)
+        self.counter.bytes += (self.k - 1) * len(flat)
+        return _like(own, flat)
+
+    def trade(self, pieces: Sequence[Tensor | None]) -> list[Tensor]:
+        """Send each worker its piece, in chunks; what all workers have for this one, in their order.
+
+        Args:
+            pieces: One for each worker, of the same shape and dtype in all processes; None where there is
+                nothing for it in any of them.
+        """
+        own = pieces[self._rank]
+        sent = [
+            torch.empty(0, dtype=torch.uint8, device=self._device) if piece is None else self._flat(piece)
+            for piece in pieces
+        ]
+        found = [torch.empty_like(sent[self._rank]) for _ in range(self.k)]
+        share = max(CHUNK // self.k, 1)
+        with self._naming(), self.counter.timing():
+            for first in range(0, max(map(len, sent)), share):
+                parts = [flat[first : first + share] for flat in sent]
+                places = [flat[first : first + share] for flat in found]
+                size = len(places[0])
+                received = torch.empty(self.k * size, dtype=torch.uint8, device=self._device)
+                dist.all_to_all_single(received, torch.cat(parts), [size] * self.k, list(map(len, parts)))
+                for place, part in zip(places, received.view(self.k, size), strict=True):
+                    place.copy_(part)
+        self.counter.bytes += (self.k - 1) * sum(map(len, sent))
+        if own is None:
+            return []
+        return [_typed(flat, own) for flat in found]
+
+    def _flat(self, tensor: Tensor) -> Tensor:
+        """Bytes of a tensor, where collectives take them."""
+        return tensor.contiguous().view(-1).view(torch.uint8).to(self._device)
 
     def average(self) -> None:
         """The same by torch's own averaging."""
@@ -164,6 +204,19 @@ class Apart(Together):
 
     def _naming(self) -> Any:
         return naming_the_lost(f"worker {self._rank}")
+
+
+def _typed(content: Tensor, like: Tensor) -> Tensor:
+    """Bytes as a tensor of the form, and in the place, of another."""
+    return content.clone().view(like.dtype).view(like.shape).to(like.device)
+
+
+def _like(tensors: Mapping[str, Tensor], content: Tensor) -> dict[str, Tensor]:
+    """Bytes of all tensors as tensors of the same names and forms."""
+    pieces = content.split([tensor.nbytes for tensor in tensors.values()])
+    return {
+        name: _typed(piece, tensor) for (name, tensor), piece in zip(tensors.items(), pieces, strict=True)
+    }
 
 
 def size_of(tensors: Mapping[str, Tensor]) -> int:

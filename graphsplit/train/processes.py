@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import os
 import threading
@@ -90,11 +91,19 @@ def naming_the_lost(who: str) -> Iterator[None]:
         ) from error
 
 
+# Last words of a process, and how long one that stops waits for that of another.
+ALL_IS_WELL, IT_STOPS = 0.0, 1.0
+MOMENT = timedelta(seconds=2)
+
+
 class Watch:
     """Notices that another process is gone, also between two collectives.
 
     Each process waits, in a thread of its own, for a last word of the one before it, which a process that is
     lost never says: its connections close at once. Those behind it follow, as each that notices stops.
+
+    Used as ``with Watch(who) as watch``: a process that stops by an error says so, and waits a moment for its
+    thread, as one that still listens when Python ends aborts the process.
 
     Args:
         who: What this process has.
@@ -103,17 +112,30 @@ class Watch:
     def __init__(self, who: str) -> None:
         self._who = who
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
+        self._next = (self._rank + 1) % self._world
         self._lost: Exception | None = None
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
         self._thread = threading.Thread(target=self._listen, daemon=True)
         if self._world > 1:
             self._thread.start()
 
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._close()
+        else:
+            self._leave()
+
     def _listen(self) -> None:
+        word = torch.full((1,), ALL_IS_WELL)
         try:
-            dist.recv(torch.zeros(1), (self._rank - 1) % self._world, group=self._group)
+            dist.recv(word, (self._rank - 1) % self._world, group=self._group)
         except Exception as error:  # told by `check`
             self._lost = error
+        if float(word) != ALL_IS_WELL:
+            self._lost = RuntimeError("it stopped by an error of its own")
 
     def check(self) -> None:
         """Raise where another process is gone.
@@ -125,14 +147,23 @@ class Watch:
             with naming_the_lost(self._who):
                 raise self._lost
 
-    def close(self) -> None:
+    def _close(self) -> None:
         """Say the last word, and wait for that of the process before."""
         if self._world > 1:
             with naming_the_lost(self._who):
-                dist.send(torch.zeros(1), (self._rank + 1) % self._world, group=self._group)
+                dist.send(torch.full((1,), ALL_IS_WELL), self._next, group=self._group)
             self._thread.join()
             self.check()
         dist.destroy_process_group(self._group)
+
+    def _leave(self) -> None:
+        """Say that this process stops."""
+        if self._world > 1:
+            with contextlib.suppress(RuntimeError, dist.DistError):  # the other one may be gone
+                word = dist.isend(torch.full((1,), IT_STOPS), self._next, group=self._group)
+                if word is not None:
+                    word.wait(MOMENT)
+            self._thread.join(MOMENT.total_seconds())
 
 
 def gather(mine: dict[int, Any], count: int) -> list[Any]:

@@ -11,7 +11,6 @@ An answer ``a`` is the softmax of the outputs over the classes where targets are
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,17 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from graphsplit.depth.anytime import classes_dim
-from graphsplit.ensembles import LeastSquares, Rule, combined, main_output, margin_weights, stacked
+from graphsplit.ensembles import main_output
 from graphsplit.errors import UserError, first_line
 from graphsplit.train.learner import Learner, Learning, autocast
-from graphsplit.train.loop import Metric, call, evaluating, mixed_seed, seed_epoch
+from graphsplit.train.loop import Metric, call, mixed_seed, seed_epoch
 from graphsplit.train.sharding import Examples, ShardSampler
 
 LOCAL, COMPRESSION = 0, 1
 """Phases of a round, for seeds."""
-
-ANSWERED = 4
-"""Batches of training in one batch of answers, which needs no memory for gradients."""
 
 
 class Labels:
@@ -44,10 +40,21 @@ class Labels:
         self._values: Tensor | None = None
 
     def put(self, numbers: Sequence[int], values: Tensor) -> None:
-        """Keep answers ``[N, ...]``."""
+        """Keep answers ``[N, ...]``.
+
+        Raises:
+            UserError: One is larger than any number of the dtype.
+        """
+        kept = values.to(self._dtype)
+        if bool((kept.isinf() & values.isfinite()).any()):
+            name = str(self._dtype).removeprefix("torch.")
+            raise UserError(
+                f"answers up to {float(values.abs().max()):.3g} do not fit in {name}, in which they are kept",
+                hint="give keep=torch.float32, or targets of a smaller scale",
+            )
         if self._values is None:
             self._values = values.new_empty((len(self._rows), *values.shape[1:]), dtype=self._dtype)
-        self._values[[self._rows[number] for number in numbers]] = values.to(self._dtype)
+        self._values[[self._rows[number] for number in numbers]] = kept
 
     def of(self, numbers: Sequence[int]) -> Tensor:
         """The answers for these examples, ``[N, ...]``, in float32 at least."""
@@ -78,6 +85,21 @@ class Task:
     batch: int
     keep: torch.dtype
 
+    def local(self, worker: int, shard: Sequence[int], first: int, count: int) -> ShardSampler:
+        """Batches of a worker's local training."""
+        return ShardSampler(shard, self.batch, mixed_seed(self.seed, worker, 0), first, count)
+
+    def relabelled(
+        self, worker: int, shard: Sequence[int], round_number: int, share: float, count: int
+    ) -> ShardSampler:
+        """Batches of a worker's compression: of a share of its shard, drawn anew in every round."""
+        seed = mixed_seed(self.seed, worker, 0)
+        generator = torch.Generator().manual_seed(mixed_seed(seed, 0, round_number))
+        size = max(1, round(share * len(shard)))
+        chosen = torch.randperm(len(shard), generator=generator)[:size].tolist()
+        own = [shard[number] for number in chosen]
+        return ShardSampler(own, self.batch, mixed_seed(seed, 1, round_number), 0, count)
+
 
 class Replica:
     """One worker.
@@ -89,6 +111,9 @@ class Replica:
         grown: Its tensors at the last aggregation.
         alive: Called for every batch; raises where another process is gone.
         seconds: Wall time of the present round.
+
+    Raises:
+        UserError: The model has no parameter that is trained.
     """
 
     def __init__(
@@ -99,6 +124,11 @@ class Replica:
         self.shard = shard
         self._learning = learning
         self.learner = Learner(model, learning.optimizer, learning)
+        if not self.learner.trained:
+            raise UserError(
+                "no parameter of the model is to be trained",
+                hint="requires_grad is off for all of them, or there is none",
+            )
         self.grown: dict[str, Tensor] = {}
         self.alive: Callable[[], None] = lambda: None
         self.seconds = 0.0
@@ -125,7 +155,8 @@ class Replica:
             distance = (answer - mean.of(numbers)).square()
             return loss - diversity * distance.sum() / _positions(answer, targets)
 
-        return self._steps(self.sampler(first, count), objective, (first, LOCAL))
+        sampler = self.task.local(self.number, self.shard, first, count)
+        return self._steps(sampler, objective, (first, LOCAL))
 
     def compress(
         self, sampler: ShardSampler, moment: int, alpha: float, beta: float, labels: Labels
@@ -143,21 +174,6 @@ class Replica:
                 ) from error
 
         return self._steps(sampler, objective, (moment, COMPRESSION))
-
-    def sampler(self, first: int, count: int) -> ShardSampler:
-        """Batches of local training."""
-        return ShardSampler(self.shard, self.task.batch, self._seed(), first, count)
-
-    def relabelled(self, round_number: int, share: float, count: int) -> ShardSampler:
-        """Batches of compression: of a share of the shard, drawn anew in every round."""
-        generator = torch.Generator().manual_seed(mixed_seed(self._seed(), 0, round_number))
-        size = max(1, round(share * len(self.shard)))
-        chosen = torch.randperm(len(self.shard), generator=generator)[:size].tolist()
-        own = [self.shard[number] for number in chosen]
-        return ShardSampler(own, self.task.batch, mixed_seed(self._seed(), 1, round_number), 0, count)
-
-    def _seed(self) -> int:
-        return mixed_seed(self.task.seed, self.number, 0)
 
     def _steps(
         self,
@@ -185,54 +201,6 @@ class Replica:
         found = float(total) / max(len(sampler), 1)
         self.seconds += time.perf_counter() - start
         return found
-
-    def answers(
-        self, sampler: ShardSampler, team: Sequence[nn.Module], weights: Tensor, rule: Rule, average: Any
-    ) -> Labels:
-        """What the ensemble answers on the examples of some batches, without gradients.
-
-        Args:
-            sampler: The batches.
-            team: The members.
-            weights: One for each; by margins each example has its own.
-            rule: Where weights come from.
-            average: What is averaged.
-        """
-        numbers = sorted({number for batch in sampler for number in batch})
-        labels = Labels(numbers, self.task.keep)
-
-        def keep(own: list[int], targets: Any, outputs: Tensor) -> None:
-            used = margin_weights(outputs, targets) if rule == "margin" else weights
-            labels.put(own, soft(combined(outputs, used, average), targets))
-
-        self._read(numbers, team, keep)
-        return labels
-
-    def least_squares(self, sampler: ShardSampler, team: Sequence[nn.Module], average: Any) -> LeastSquares:
-        """The sums for regression weights over the examples of some batches."""
-        numbers = sorted({number for batch in sampler for number in batch})
-        found = LeastSquares(len(team), average)
-        self._read(numbers, team, lambda own, targets, outputs: found.add(outputs, targets))
-        return found
-
-    def _read(
-        self,
-        numbers: Sequence[int],
-        team: Sequence[nn.Module],
-        use: Callable[[list[int], Any, Tensor], None],
-    ) -> None:
-        """Call ``use`` with numbers of examples, targets, and what each member gives, ``[K, N, ...]``."""
-        start = time.perf_counter()
-        size = ANSWERED * self.task.batch
-        batches = [list(numbers[first : first + size]) for first in range(0, len(numbers), size)]
-        with torch.random.fork_rng(), torch.inference_mode(), contextlib.ExitStack() as modes:
-            seed_epoch(self.task.seed, self.number, 0, ())
-            for member in team:
-                modes.enter_context(evaluating(member))
-            for own, inputs, targets in self.task.examples.read(batches, self.task.device):
-                self.alive()
-                use(own, targets, stacked([main_output(call(member, inputs)) for member in team]))
-        self.seconds += time.perf_counter() - start
 
     def is_finite(self) -> bool:
         """True where every parameter is a number."""

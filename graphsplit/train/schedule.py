@@ -61,7 +61,8 @@ class PartitionSchedule:
         trained = schedule.fit(train_loader, test_loader)
 
     Those with a loop of their own need three calls: ``part.submodels``, ``part.merge(...)`` and
-    ``part.plan.merge_optimizer_states(...)``; see ``examples/train_apart_then_merge.py``.
+    ``part.plan.merge_optimizer_states(...)``; see ``examples/train_apart_then_merge.py``, and for the Trainer
+    of transformers ``examples/trainer_partition.py``.
 
     Args:
         partition: Its sub-models, with the weights that they have now, are where training starts. They are
@@ -138,9 +139,8 @@ class PartitionSchedule:
         if self.mode == "in_turn":
             run = _Fit(self, data, test, folder)
             return run.finish(self._merge([run.train_part(part) for part in range(self.partition.k)]))
-        with process_group() as (rank, world):
+        with process_group() as (rank, world), Watch(f"process {rank}") as watch:
             who = f"process {rank}"
-            watch = Watch(who)
             run = _Fit(self, data, test, folder, watch)
             mine = {part: run.train_part(part) for part in range(rank, self.partition.k, world)}
             with naming_the_lost(who):
@@ -156,7 +156,6 @@ class PartitionSchedule:
                 merging.put(state)
                 history = History(epochs, merging.seconds)
                 trained = Trained(merging.model, merging.optimizer, merging.submodels, history)
-            watch.close()
             return trained
 
     def _trainee(self, model: nn.Module) -> _Trainee:
