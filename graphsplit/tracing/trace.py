@@ -104,15 +104,16 @@ def _trace(model: nn.Module, call: _Call, dynamic: Mapping[str, tuple[int, ...]]
 
     try:
         return exported()
-    except TraceError:
+    except _ShapesAfterTheFirstCall as found:
         with untouched(model):
-            replaced = _run_once(model, call)
-            if not replaced:
-                raise
+            _run_once(model, call)
             program = exported()
-            names = " and ".join(replaced)
-            note = f"forward gives {names} another shape in its first call: traced as it is then"
-            return dataclasses.replace(program, notes=(*program.notes, note))
+        note = f"forward gives {found} another shape in its first call: traced as it is then"
+        return dataclasses.replace(program, notes=(*program.notes, note))
+
+
+class _ShapesAfterTheFirstCall(Exception):
+    """torch.export takes a new value of a buffer for a write to it, which cannot change a shape."""
 
 
 @dataclass(frozen=True)
@@ -378,26 +379,24 @@ def _export(
 
 
 def _run_once(model: nn.Module, call: _Call) -> list[str]:
-    """Leave the model as after a first call, but for values of buffers; name those of another shape.
-
-    torch.export takes a new value of a buffer for a write to it, which cannot change a shape.
-    """
+    """Leave the model as after a first call, but for values of buffers; name those of another shape."""
     before = dict(model.named_buffers())
     copies = {name: buffer.detach().clone() for name, buffer in before.items()}
     set_tensors(model, copies)
     args, kwargs = call.unflatten(call.tensors)
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         model.eval()(*args, **kwargs)
     after = dict(model.named_buffers())
     set_tensors(model, {name: before[name] for name, copied in copies.items() if after.get(name) is copied})
     return [name for name in before if name in after and after[name].shape != before[name].shape]
 
 
-def _explain(model: nn.Module, call: _Call, error: Exception) -> GraphsplitError:
+def _explain(model: nn.Module, call: _Call, error: Exception) -> GraphsplitError | _ShapesAfterTheFirstCall:
     """Tell the user's own error from torch.export's refusal: run the model once."""
     try:
         with untouched(model):
-            _run_once(model, call)
+            replaced = _run_once(model, call)
     except Exception as own:
         frames = traceback.extract_tb(own.__traceback__)
         failure = InputError(
@@ -407,6 +406,8 @@ def _explain(model: nn.Module, call: _Call, error: Exception) -> GraphsplitError
         )
         failure.__cause__ = own
         return failure
+    if replaced:
+        return _ShapesAfterTheFirstCall(" and ".join(replaced))
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return TraceError(
         f"torch.export cannot trace the model: {reason}",
