@@ -268,3 +268,21 @@ def test_command(tmp_path: Path) -> None:
     file.write_text(file.read_text().replace("data, held", "data, other"))
     refused = run("study", file, *given)
     assert refused.exit_code == 3 and "defines no `held`" in refused.stderr
+
+
+def test_command_with_functions_of_the_file_in_two_processes(tmp_path: Path) -> None:
+    file, out = tmp_path / "model.py", tmp_path / "study"
+    own = "loss = lambda outputs, targets: cross_entropy(outputs, targets)\n"
+    own += "def error():\n    def wrong(outputs, targets):\n"
+    own += "        return (outputs.argmax(1) != targets).float().mean()\n    return wrong\n"
+    text = FILE.format(tests=str(Path(__file__).parent))
+    file.write_text(text.replace("cross_entropy as loss", "cross_entropy") + own)
+    given = ("--batches", "4,32", "--sparsities", 0, "--optimizers", "momentum", "--trials", 2)
+    given = (*given, "--goal", 0.12, "--budget", 100, "--check", 4)
+    two = run("study", file, *given, "--processes", 2, "-o", out, "--json")
+    assert two.exit_code == 0, two.stderr
+    one = run("study", file, *given, "--processes", 1, "-o", tmp_path / "one", "--json")
+    assert json.loads(two.stdout)["curves"] == json.loads(one.stdout)["curves"]
+    file.write_text(text.replace("cross_entropy as loss", "cross_entropy") + "loss = 3\n")
+    refused = run("study", file, *given, "-o", out)
+    assert refused.exit_code == 3 and "is an int, expected a function" in refused.stderr
