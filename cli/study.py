@@ -40,7 +40,10 @@ Trials = Annotated[int, typer.Option("--trials", metavar="N", help="Sets of meta
 Goal = Annotated[float, typer.Option("--goal", metavar="E", help="Validation error to reach.")]
 Budget = Annotated[int, typer.Option("--budget", metavar="N", help="Steps that a trial may take.")]
 Check = Annotated[
-    int, typer.Option("--check", metavar="N", help="Look at the validation error every N steps.")
+    int,
+    typer.Option(
+        "--check", metavar="N", help="Look at the validation error every N steps, more often at first."
+    ),
 ]
 Method = Annotated[By, typer.Option("--method", help="How weights are chosen.")]
 Decay = Annotated[Rate, typer.Option("--decay", help="Of the learning rate.")]

@@ -84,7 +84,7 @@ def run_trials(
     with torch.random.fork_rng():
         torch.manual_seed(plan.seed)
         for step in range(plan.budget + 1):
-            if step % plan.check == 0 or step == plan.budget:
+            if plan.is_due(step):
                 errors = _each(model.eval(), held_inputs, held_targets, task.error)
                 model.train()
                 for place, error in enumerate(errors.tolist()):
