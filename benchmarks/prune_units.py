@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import os
 import platform
 import statistics
 import sys
@@ -34,8 +35,8 @@ from zoo import ZOO  # noqa: E402
 
 STEPS = """# A step at half of the units
 
-Written by `python benchmarks/prune_units.py`, {date}: torch {torch}, Python {python}, one thread. Median of
-{runs} steps each, forward and backward, taken in turn.
+Written by `python benchmarks/prune_units.py`, {date}: torch {torch}, Python {python}, one thread; load
+{load:.1f} on {cores} cores before. Median of {runs} steps each, forward and backward, taken in turn.
 
 | model | axes pruned, whole | parameters | FLOPs | step before | after | of the time |
 | --- | --- | --- | --- | --- | --- | --- |
@@ -139,7 +140,9 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    load = os.getloadavg()[0]
     text = STEPS.format(
+        load=load, cores=os.cpu_count(),
         date=datetime.date.today(), torch=torch.__version__, python=platform.python_version(), runs=RUNS,
         rows="\n".join(steps()),
     )  # fmt: skip

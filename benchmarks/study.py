@@ -1,6 +1,6 @@
 """Steps to a goal against batch size and sparsity, on the digits: 64-300-100-10.
 
-    OMP_NUM_THREADS=1 python benchmarks/study.py [--trials 12] [--processes 2] [--speed]
+    OMP_NUM_THREADS=1 python benchmarks/study.py [--trials 32] [--processes 2] [--speed]
 
 Goes on with the trials of the folder where there are any. ``--speed`` only measures how many trials a minute
 are made when they are fused, and one at a time.
@@ -79,7 +79,7 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 def main() -> None:
     """Run the study, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--trials", type=int, default=12)
+    parser.add_argument("--trials", type=int, default=32)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--folder", type=Path, default=ROOT / "out" / "study")
     parser.add_argument("--speed", action="store_true")
@@ -92,7 +92,7 @@ def main() -> None:
         return
     found = gs.study(
         network(0), options.folder, train=train, held=held, loss=F.cross_entropy, batches=BATCHES,
-        trials=options.trials, fused=options.trials, goal=0.1, budget=4000, patience=1.25,
+        trials=options.trials, fused=16, goal=0.1, budget=4000, patience=2.0,
         processes=options.processes, on_cell=lambda line: print(line, flush=True),
     )  # fmt: skip
     places = [found.folder / "study.json", *(found.folder / "trials").iterdir()]

@@ -24,7 +24,7 @@ from graphsplit.cli.common import (
     refuse_taken,
     written,
 )
-from graphsplit.cli.sparsify import Among, By, Mode, ScoreMode, Seed, data_and_loss
+from graphsplit.cli.sparsify import Among, By, Iterations, Mode, PerClass, ScoreMode, Seed, data_and_loss
 from graphsplit.loading import load_model
 
 Method = Annotated[
@@ -41,6 +41,8 @@ def prune_units(
     amount: Amount = 0.5,
     scope: Scope = Among.layer,
     mode: Mode = ScoreMode.train,
+    iterations: Iterations = 100,
+    per_class: PerClass = None,
     seed: Seed = 0,
     entry: Entry = None,
     inputs: Inputs = None,
@@ -55,7 +57,7 @@ def prune_units(
     progress = console.Progress()
     with progress.step("load"):
         loaded = load_model(model, entry=entry, inputs=inputs or ())
-        data, loss = data_and_loss(loaded, method)
+        data, loss = data_and_loss(loaded, method, per_class, seed)
     with progress.step("prune"):
         found = prune(
             loaded.model,
@@ -67,6 +69,7 @@ def prune_units(
             loss=loss,
             scope=scope.value,
             mode=mode.value,
+            iterations=iterations,
             seed=seed,
             outputs=keep_output or loaded.outputs,
         )

@@ -24,6 +24,7 @@ from graphsplit.cli.common import (
     refuse_taken,
     written,
 )
+from graphsplit.data import balanced
 from graphsplit.errors import LoadError
 from graphsplit.loading import Loaded, load_model
 from graphsplit.sparsity import DATA_FREE
@@ -65,6 +66,11 @@ Norms = Annotated[bool, typer.Option("--norms", help="Prune the affine parameter
 Temperature = Annotated[float, typer.Option("--temperature", metavar="T", help="Of grasp.")]
 Iterations = Annotated[int, typer.Option("--iterations", metavar="N", help="Of synflow.")]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Of random scores, and of dropout.")]
+PerClass = Annotated[
+    int | None,
+    typer.Option("--per-class", metavar="N", help="Score by so many examples of each class of `data`.",
+                 show_default=False),
+]  # fmt: skip
 
 
 def sparsify(
@@ -78,6 +84,7 @@ def sparsify(
     norms: Norms = False,
     temperature: Temperature = 200.0,
     iterations: Iterations = 100,
+    per_class: PerClass = None,
     seed: Seed = 0,
     entry: Entry = None,
     inputs: Inputs = None,
@@ -91,7 +98,7 @@ def sparsify(
     progress = console.Progress()
     with progress.step("load"):
         loaded = load_model(model, entry=entry, inputs=inputs or ())
-        data, loss = data_and_loss(loaded, method)
+        data, loss = data_and_loss(loaded, method, per_class, seed)
     with progress.step("score"), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", UserWarning)
         masks = choose_masks(
@@ -124,13 +131,18 @@ def sparsify(
     console.files(f"Written to {out}", sorted(out.iterdir()))
 
 
-def data_and_loss(loaded: Loaded, method: By) -> tuple[Any, Any]:
+def data_and_loss(loaded: Loaded, method: By, per_class: int | None, seed: int) -> tuple[Any, Any]:
     """What the file of the model defines for methods that look at gradients.
+
+    With ``per_class`` the data are one batch of so many examples of each class.
 
     Raises:
         LoadError: It does not.
+        InputError: There are too few examples of a class, or targets are no classes.
     """
     if method.value in DATA_FREE:
+        if per_class is not None:
+            raise typer.BadParameter(f"--per-class is for methods that look at data, not for {method.value}")
         return None, None
     data, loss = loaded.defined("data"), loaded.defined("loss")
     for name, value in (("data", data), ("loss", loss)):
@@ -140,7 +152,7 @@ def data_and_loss(loaded: Loaded, method: By) -> tuple[Any, Any]:
                 hint="define `data`, a pair (inputs, targets) or batches of such, and `loss`, of outputs and "
                 f"targets; or choose a method without: {', '.join(DATA_FREE)}",
             )
-    return data, loss
+    return data if per_class is None else balanced(data, per_class, seed=seed), loss
 
 
 def report_of(masks: Masks, origin: str) -> dict[str, Any]:

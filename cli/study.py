@@ -40,7 +40,10 @@ Trials = Annotated[int, typer.Option("--trials", metavar="N", help="Sets of meta
 Goal = Annotated[float, typer.Option("--goal", metavar="E", help="Validation error to reach.")]
 Budget = Annotated[int, typer.Option("--budget", metavar="N", help="Steps that a trial may take.")]
 Check = Annotated[
-    int, typer.Option("--check", metavar="N", help="Look at the validation error every N steps.")
+    int,
+    typer.Option(
+        "--check", metavar="N", help="Look at the validation error every N steps, more often at first."
+    ),
 ]
 Method = Annotated[By, typer.Option("--method", help="How weights are chosen.")]
 Decay = Annotated[Rate, typer.Option("--decay", help="Of the learning rate.")]
@@ -76,21 +79,14 @@ def study(
     progress = console.Progress()
     with progress.step("load"):
         loaded = load_model(model, entry=entry)
-        found = {name: loaded.defined(name) for name in ("data", "held", "loss", "error")}
+        found = {name: loaded.defined(name) for name in ("data", "held")}
+        found |= {name: loaded.function(name) for name in ("loss", "error")}
     for name in ("data", "held", "loss"):
         if found[name] is None:
             raise LoadError(
                 f"a study trains the model, and {loaded.origin} defines no `{name}`",
                 hint="define `data` and `held`, pairs (inputs, targets), and `loss`, of outputs and targets",
             )
-    error = found["error"] or misclassified
-    # Other processes cannot import what is defined in a file that is no module of a package.
-    local = any(getattr(f, "__module__", "").startswith("_graphsplit_") for f in (found["loss"], error))
-    if local and processes is None:
-        console.note(
-            "the file's own loss or error is not seen by other processes: one process; or use torchrun"
-        )
-        processes = 1
     with progress.step("trials"):
         done = run_study(
             loaded.model,
@@ -98,7 +94,7 @@ def study(
             train=found["data"],
             held=found["held"],
             loss=found["loss"],
-            error=error,
+            error=found["error"] or misclassified,
             batches=_numbers("--batches", batches, int),
             sparsities=_numbers("--sparsities", sparsities, float),
             optimizers=[name.strip() for name in optimizers.split(",")],  # type: ignore[misc]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -102,6 +103,7 @@ def prune_units(
     biases: bool = False,
     norms: bool = False,
     temperature: float = 200.0,
+    iterations: int = 100,
     seed: int = 0,
     outputs: Sequence[str] | None = None,
     emit: Form = "graph",
@@ -122,6 +124,7 @@ def prune_units(
         biases: Count the scores of biases, too.
         norms: Count those of the affine parameters of normalisations, too.
         temperature: Of GraSP.
+        iterations: Rounds of SynFlow, after each of which the units that are left are scored again.
         seed: Of random scores, and of dropout while weights are scored.
         outputs: Names of the outputs to keep, as for `trace`.
         emit: What `PrunedUnits.module` is: a module that runs its ``"graph"``, or ``"module"``: a copy of the
@@ -134,7 +137,7 @@ def prune_units(
         UnsupportedError: An op has no smaller form, or GraSP cannot differentiate the loss twice.
         TraceError, UnsupportedError, InputError: The model cannot be traced.
     """
-    scoring = Scoring(method, data, loss, mode, temperature, 1, seed)
+    scoring = Scoring(method, data, loss, mode, temperature, iterations, seed)
     scoring.check()
     if emit not in FORMS:
         raise PartitionError(f"emit is {emit!r}, expected 'graph' or 'module'")
@@ -147,12 +150,12 @@ def prune_units(
         args = example_of(data)
     program = program_to_prune(model, args, kwargs, outputs)
     names = prunable(program, biases=biases, norms=norms)
-    saliency = saliency_of(program, names, scoring)
+    score = functools.partial(saliency_of, names=names, scoring=scoring)
     example = None
     if args != () or kwargs:
         own = None if isinstance(model, (Program, ProgramModule)) else model
         example = Example(own, *as_call(args, kwargs))
-    pruned = prune_program(program, saliency, amount, scope, example)
+    pruned = prune_program(program, score, amount, scope, example, scoring.rounds)
     found = PrunedUnits(pruned, example, emit)
     if emit == "module":
         _ = found.module  # refused now, or never

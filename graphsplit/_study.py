@@ -137,7 +137,7 @@ def study(
         trials: Sets of metaparameters for each cell.
         goal: Validation error to reach.
         budget: Steps that a trial may take.
-        check: The validation error is looked at every so many steps.
+        check: The validation error is looked at every so many steps, and more often at the start; see `Plan`.
         method: How weights are chosen, by gradients on all training data where it needs any.
         decay: Of the learning rate: ``"constant"`` or ``"linear"``, whose end and length are searched, too.
         rates: Smallest and largest learning rate.

@@ -18,7 +18,7 @@ from graphsplit.errors import UserError
 from graphsplit.passes.sparsify import masked
 from graphsplit.scaling.plan import Cell, Outcome, Plan, Settings, Trial
 from graphsplit.signature import as_call
-from graphsplit.train.loop import Metric, read_batch
+from graphsplit.train.loop import Metric, read_batch, take
 from graphsplit.train.per_model import PerModelSGD
 
 Pair = tuple[Any, Any]
@@ -84,7 +84,7 @@ def run_trials(
     with torch.random.fork_rng():
         torch.manual_seed(plan.seed)
         for step in range(plan.budget + 1):
-            if step % plan.check == 0 or step == plan.budget:
+            if plan.is_due(step):
                 errors = _each(model.eval(), held_inputs, held_targets, task.error)
                 model.train()
                 for place, error in enumerate(errors.tolist()):
@@ -161,10 +161,5 @@ class _Order:
             order = torch.randperm(self.size, generator=self.generator)
             self.waiting = list(order[: self.size // self.batch * self.batch].split(self.batch))
         index = self.waiting.pop(0)
-
-        def taken(tensor: Tensor) -> Tensor:
-            whole = not tensor.dim() or tensor.shape[0] != self.size
-            return tensor if whole else tensor[index]
-
-        inputs, targets = pytree.tree_map_only(Tensor, taken, (self.inputs, self.targets))
+        inputs, targets = take((self.inputs, self.targets), index, self.size)
         return inputs, targets

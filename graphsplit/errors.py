@@ -6,6 +6,9 @@ wrong and where, and a hint with the way out. `InternalError` is a bug of ours a
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 
 class GraphsplitError(Exception):
     """Base of all errors raised on purpose.
@@ -55,6 +58,13 @@ class UserCodeError(LoadError):
     def __init__(self, message: str, *, traceback_text: str, where: str | None, hint: str | None) -> None:
         super().__init__(message, where=where, hint=hint)
         self.traceback_text = traceback_text
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle, as other processes run the user's file, too, and have to say what it raised."""
+        again = functools.partial(
+            UserCodeError, traceback_text=self.traceback_text, where=self.where, hint=self.hint
+        )
+        return again, (self.message,)
 
 
 class InputError(UserError):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -39,6 +40,7 @@ EXAMPLE_INPUTS = "example_inputs"
 INTEGER_BOUND = 2
 """Integer inputs are 0 or 1 unless a spec says otherwise: indices that nearly every table holds."""
 
+_PREFIX = "_graphsplit_"
 _counter = itertools.count()
 _folders: set[Path] = set()
 _SPEC = re.compile(r"(?:(?P<name>\w+)=)?(?P<shape>\d+(?:x\d+)*)(?::(?P<dtype>\w+))?(?::(?P<bound>\d+))?")
@@ -70,16 +72,72 @@ class Loaded:
 
     def defined(self, name: str) -> Any:
         """What else the file defines under a name, or None; a function without arguments is called."""
-        value = getattr(self.module, name, None)
-        if inspect.isfunction(value) and not inspect.signature(value).parameters:
-            with _users_code(self.origin, sys.argv):
-                value = value()
-        return value
+        return _defined(self.module, self.origin, name)
+
+    def function(self, name: str) -> Defined | None:
+        """A function of outputs and targets that the file defines, or None.
+
+        It can be sent to other processes.
+
+        Raises:
+            LoadError: It is none.
+        """
+        value = self.defined(name)
+        if value is None or self.module is None:
+            return None
+        if not callable(value):
+            raise LoadError(
+                f"`{name}` of {self.origin} is {_a(type(value).__name__)}, expected a function",
+                hint="of outputs and targets, such as torch.nn.functional.cross_entropy",
+            )
+        file = self.module.__file__ if self.module.__name__.startswith(_PREFIX) else None
+        return Defined(self.module.__name__, file, self.origin, name)
 
     @property
     def example(self) -> Any:
         """The inputs where all are by position or all by keyword, else None."""
         return None if self.args and self.kwargs else self.args or self.kwargs
+
+
+@dataclass(frozen=True)
+class Defined:
+    """What a user's file or module defines under a name, to be called.
+
+    Another process cannot import a file that is no module of a package, so that pickle fails on what is
+    defined there. This is pickled as a place: a process to which it comes loads the file itself, once.
+
+    Attributes:
+        module: Name of the module in ``sys.modules``.
+        file: Of the module; None for one that can be imported.
+        origin: As of `Loaded`.
+        name: Of the attribute.
+    """
+
+    module: str
+    file: str | None
+    origin: str
+    name: str
+
+    def __call__(self, *args: Any) -> Any:
+        """Call it."""
+        return _value_of(self)(*args)
+
+
+@functools.cache
+def _value_of(defined: Defined) -> Any:
+    module = sys.modules.get(defined.module)
+    if module is None and defined.file is not None:
+        module = _run_file(Path(defined.file), defined.module)
+    return _defined(module or _import(defined.module), defined.origin, defined.name)
+
+
+def _defined(module: ModuleType | None, origin: str, name: str) -> Any:
+    """What a module defines under a name, or None; a function without arguments is called."""
+    value = getattr(module, name, None)
+    if inspect.isfunction(value) and not inspect.signature(value).parameters:
+        with _users_code(origin, sys.argv):
+            value = value()
+    return value
 
 
 def load_model(
@@ -156,10 +214,13 @@ def _checked_path(spec: str) -> Path:
     return path.resolve()
 
 
-def _run_file(path: Path) -> ModuleType:
-    """The file as a module of its own; it stays in ``sys.modules``, where pickle and inspect look it up."""
+def _run_file(path: Path, name: str | None = None) -> ModuleType:
+    """The file as a module of its own; it stays in ``sys.modules``, where pickle and inspect look it up.
+
+    A ``name`` is given where another process has loaded the file under it.
+    """
     stem = re.sub(r"\W", "_", path.stem)
-    name = f"_graphsplit_{stem}_{next(_counter)}"
+    name = name or f"{_PREFIX}{stem}_{next(_counter)}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None:
         raise LoadError(f"Python cannot import {path}", hint="is its name unusual?")

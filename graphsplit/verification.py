@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -324,28 +324,52 @@ def emitted_equals_model(program: Program, example: Example) -> list[Row]:
     assert model is not None
     dtype = str(next((p.dtype for p in model.parameters()), torch.float32)).removeprefix("torch.")
     rows = []
-    for mode in ("eval", "train"):
-        state = {name: _leaf(value) for name, value in (*model.named_parameters(), *model.named_buffers())}
-        args, kwargs = pytree.tree_map(_own, (example.args, example.kwargs))
-        with untouched(model):
-            set_tensors(model.train(mode == "train"), state)
-            torch.manual_seed(0)
-            expected = model(*args, **kwargs)
-            theirs = dict(model.named_buffers())
-        args, kwargs = pytree.tree_map(_own, (example.args, example.kwargs))
+    modes: tuple[Mode, ...] = ("eval", "train")
+    for mode in modes:
+        call = (example.args, example.kwargs)
+        try:
+            ran = _called(model, call, mode)
+        except ValueError:  # a batch norm refuses to train on one example: as it was traced, then
+            call = _as_traced(program.signature, example)
+            ran = _called(model, call, mode)
+        args, kwargs = pytree.tree_map(_own, call)
         module = emit(program).train(mode == "train")
         with torch.random.fork_rng():
             torch.manual_seed(0)
             found = module(*args, **kwargs)
         outputs = program.signature.outputs[0 if mode == "train" else -1]
-        error = tree_error(outputs, found, expected)
+        error = tree_error(outputs, found, ran.outputs)
         for name, ours in module.named_buffers():
-            if name in theirs:
-                error = max(error, relative_error(ours.double(), theirs[name].double()))
+            if name in ran.buffers:
+                error = max(error, relative_error(ours.double(), ran.buffers[name].double()))
         rows.append(Row(f"K = 1 emitted equals the model ({mode})", error, tolerance(dtype), dtype))
-        error = _gradient_error(outputs, state, expected, dict(module.named_parameters()), found)
+        error = _gradient_error(outputs, ran.leaves, ran.outputs, dict(module.named_parameters()), found)
         rows.append(Row(f"K = 1 gradients equal the model's ({mode})", error, tolerance(dtype), dtype))
     return rows
+
+
+class _Called(NamedTuple):
+    """What a model gave, the copies of its tensors that it was called with, and its buffers afterwards."""
+
+    outputs: Any
+    leaves: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+
+
+def _called(model: nn.Module, call: Any, mode: Mode) -> _Called:
+    leaves = {name: _leaf(value) for name, value in (*model.named_parameters(), *model.named_buffers())}
+    args, kwargs = pytree.tree_map(_own, call)
+    with untouched(model):
+        set_tensors(model.train(mode == "train"), leaves)
+        torch.manual_seed(0)
+        return _Called(model(*args, **kwargs), leaves, dict(model.named_buffers()))
+
+
+def _as_traced(signature: Signature, example: Example) -> Any:
+    """The example's inputs in the traced sizes: two examples where one was given."""
+    found = iter(flat_inputs(signature, example))
+    call = (example.args, example.kwargs)
+    return pytree.tree_map_only(Tensor, lambda tensor: next(found).to(tensor.device, tensor.dtype), call)
 
 
 def _leaf(tensor: Tensor) -> Tensor:
@@ -418,11 +442,16 @@ def _own(value: Any) -> Any:
 
 
 def flat_inputs(signature: Signature, example: Example | None) -> list[Tensor]:
-    """Inputs in float64: the example's, or random ones of the traced sizes."""
+    """Inputs in float64: the example's, or random ones of the traced sizes.
+
+    Where all of its examples are one and the same (one that was doubled for the trace, a batch of zeros),
+    those after the first are varied; see `other_batch`.
+    """
     if example is not None:
         leaves = pytree.tree_leaves((example.args, example.kwargs))
         tensors = [_double(leaf).cpu() for leaf in leaves if isinstance(leaf, Tensor)]
-        return [_cycle(tensor, meta.shape) for tensor, meta in zip(tensors, signature.inputs, strict=True)]
+        cycled = [_cycle(tensor, meta.shape) for tensor, meta in zip(tensors, signature.inputs, strict=True)]
+        return _varied(signature, cycled)
     generator = torch.Generator().manual_seed(1)
     return [random_input(meta, generator) for meta in signature.inputs]
 
@@ -435,20 +464,97 @@ def random_input(meta: TensorMeta, generator: torch.Generator) -> Tensor:
 
 
 def other_batch(signature: Signature, inputs: Sequence[Tensor]) -> list[Tensor] | None:
-    """The same inputs with one example more; None where the batch is fixed."""
-    symbols = {
+    """Other inputs with one example more; None where the batch is fixed.
+
+    Equal examples are bad evidence: batch norms that see nothing but the batch divide by the spread between
+    them, and what they multiply cancels in the gradients of weights, so that rounding is all that is left.
+    Examples of floating-point inputs are therefore mixed, two by two. What holds for every example and its
+    mixtures holds for the new ones, too: bounds, signs, orders, sums. Integers, booleans and what has at most
+    two values (masks, one-hot rows) have no mixtures; they are repeated.
+    """
+    symbols = _batch_symbols(signature)
+    if not symbols:
+        return None
+    generator = torch.Generator().manual_seed(3)
+    grown = []
+    for tensor, meta in zip(inputs, signature.inputs, strict=True):
+        shape = tuple(d.hint + 1 if d.symbol in symbols else d.hint for d in meta.dims)
+        dim = _batch_dim(meta, symbols)
+        if dim is None or _is_flag(tensor) or _is_repeated(tensor, dim):
+            grown.append(_cycle(tensor, shape))
+        else:
+            grown.append(_mixed(tensor, dim, shape[dim], generator))
+    return grown
+
+
+def _batch_symbols(signature: Signature) -> set[str]:
+    return {
         dim.symbol
         for meta in signature.inputs
         for dim in meta.dims
         if dim.symbol and dim.symbol.isidentifier()
     }
-    if not symbols:
-        return None
-    grown = []
-    for tensor, meta in zip(inputs, signature.inputs, strict=True):
-        shape = tuple(d.hint + 1 if d.symbol in symbols else d.hint for d in meta.dims)
-        grown.append(_cycle(tensor, shape))
-    return grown
+
+
+def _batch_dim(meta: TensorMeta, symbols: set[str]) -> int | None:
+    """The dimension of the examples, where there is one, and one only."""
+    found = [place for place, dim in enumerate(meta.dims) if dim.symbol in symbols]
+    return found[0] if len(found) == 1 else None
+
+
+def _is_flag(tensor: Tensor) -> bool:
+    """Is it of integers or booleans, or of at most two different values, as masks and one-hot rows are?"""
+    if not tensor.dtype.is_floating_point or not tensor.numel():
+        return True
+    flat = tensor.reshape(-1)
+    others = flat[flat != flat[0]]
+    return bool((others == others[:1]).all())
+
+
+def _is_repeated(tensor: Tensor, dim: int) -> bool:
+    """Are all examples the same?"""
+    first = tensor.narrow(dim, 0, 1)
+    return bool(((tensor == first) | (tensor.isnan() & first.isnan())).all())
+
+
+def _mixed(tensor: Tensor, dim: int, size: int, generator: torch.Generator) -> Tensor:
+    """Mixtures of two examples each, of which one has the larger share."""
+    count = tensor.shape[dim]
+    one = torch.arange(size) % count
+    step = torch.randint(1, max(count, 2), (size,), generator=generator)
+    share = 0.5 + 0.45 * torch.rand(size, generator=generator, dtype=torch.float64)
+    share = share.reshape([-1 if place == dim else 1 for place in range(tensor.dim())])
+    # No difference of the two: infinities, as in masks that are added, would give no number.
+    other = (one + step) % count
+    return share * tensor.index_select(dim, one) + (1 - share) * tensor.index_select(dim, other)
+
+
+def _varied(signature: Signature, inputs: list[Tensor]) -> list[Tensor]:
+    """Inputs of which not all examples are the same, where there are floating-point ones to vary.
+
+    Their entries are made smaller by random factors of at least one half, which leaves signs, zeros and most
+    bounds as they are. Masks and the like are varied only where the model has no other inputs.
+    """
+    symbols = _batch_symbols(signature)
+    dims = [_batch_dim(meta, symbols) for meta in signature.inputs]
+    pairs = [(tensor, dim) for tensor, dim in zip(inputs, dims, strict=True) if dim is not None]
+    if not all(_is_repeated(tensor, dim) for tensor, dim in pairs):
+        return inputs
+    flags = all(_is_flag(tensor) for tensor, _ in pairs)
+    if flags and not all(tensor.dtype.is_floating_point for tensor in inputs):
+        return inputs
+    generator = torch.Generator().manual_seed(4)
+    return [
+        tensor if dim is None or (not flags and _is_flag(tensor)) else _shrunk(tensor, dim, generator)
+        for tensor, dim in zip(inputs, dims, strict=True)
+    ]
+
+
+def _shrunk(tensor: Tensor, dim: int, generator: torch.Generator) -> Tensor:
+    """The first example as it is, the others' entries times factors in 0.5 to 1; zeros alone grow instead."""
+    factors = 0.5 + 0.5 * torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
+    factors.narrow(dim, 0, 1).fill_(1.0)
+    return tensor * factors if bool(tensor.any()) else 1 - factors
 
 
 def _cycle(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:

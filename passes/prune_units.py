@@ -19,7 +19,8 @@ over them, a softmax), the smaller model would compute something else: such an a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -113,20 +114,24 @@ def masked_state(plan: PartitionPlan, program: Program) -> dict[str, Tensor]:
 
 def prune_units(
     program: Program,
-    scores: Mapping[str, Tensor],
+    score: Callable[[Program], Mapping[str, Tensor]],
     amount: float = 0.5,
     scope: Scope = "layer",
     example: Example | None = None,
+    rounds: int = 1,
 ) -> Pruned:
     """Drop the units of the smallest scores.
 
     Args:
         program: A traced model; it is left as it is.
-        scores: Of weights, by name, larger is kept; a unit's is the sum over all that belongs to it.
+        score: Gives scores of weights, by name, larger is kept; a unit's is the sum over all that belongs to
+            it.
         amount: Share of the units to drop, of each axis (``"layer"``) or of all together (``"global"``). At
             least one unit of each axis stays.
         scope: See above.
         example: Inputs on which the smaller model is compared, op by op, with the masked one.
+        rounds: After round t of n a share of ``(1 - amount)^(t/n)`` of the units is left, and what is left is
+            scored again, in the model with zeros for what is gone.
 
     Raises:
         PartitionError: The amount is out of range, or no axis can lose units; the message says why.
@@ -142,9 +147,9 @@ def prune_units(
         for node, facts in inference.facts.items()
         for ids, dims in facts.mixes
     ]
+    scores = score(program)
     while True:
-        dealer = _ByScore(scores, amount, scope, tuple(held))
-        analysis = analyse_kept(inference, dealer)
+        analysis, dealer = _in_rounds(inference, scores, score, amount, scope, tuple(held), rounds)
         axes, kept = _told(analysis, dealer)
         if not axes:
             _refuse(analysis, kept, amount)
@@ -159,6 +164,28 @@ def prune_units(
                 hint="keep what it computes from whole, as an output of the model, or prune weights",
             )
         held += [(one, varying(one), f"would change what {_place(culprit)} computes") for one in ids]
+
+
+def _in_rounds(
+    inference: Inference,
+    scores: Mapping[str, Tensor],
+    score: Callable[[Program], Mapping[str, Tensor]],
+    amount: float,
+    scope: Scope,
+    held: tuple[Held, ...],
+    rounds: int,
+) -> tuple[Analysis, _ByScore]:
+    """The division after the last round."""
+    program = inference.program
+    gone: frozenset[int] = frozenset()
+    for number in range(1, rounds):
+        dealer = _ByScore(scores, 1 - (1 - amount) ** (number / rounds), scope, held, gone)
+        analysis = analyse_kept(inference, dealer)
+        if dealer.dropped != gone:  # else every score is as it was
+            gone = dealer.dropped
+            scores = score(program.with_state(masked_state(analysis.plan, program)))
+    dealer = _ByScore(scores, amount, scope, held, gone)
+    return analyse_kept(inference, dealer), dealer
 
 
 def _is_share(amount: object) -> bool:
@@ -180,20 +207,27 @@ def _refuse(analysis: Analysis, kept: Mapping[str, str], amount: float) -> None:
     )
 
 
+Held = tuple[Ids, tuple[int, ...], str]
+"""Ids of units, dimensions along which they must not be divided, and why."""
+
+
 @dataclass
 class _ByScore:
     """Deals the units of the largest scores to what is kept.
 
     Attributes:
-        held: Ids of units, dimensions along which they must not be divided, and why.
+        gone: Units that go first, as they went in a round before.
         reasons: Of units that are held, after a call.
+        dropped: Units that are not kept, after a call.
     """
 
     scores: Mapping[str, Tensor]
     amount: float
     scope: Scope
-    held: tuple[tuple[Ids, tuple[int, ...], str], ...]
+    held: tuple[Held, ...]
+    gone: frozenset[int] = frozenset()
     reasons: dict[int, str] = field(default_factory=dict)
+    dropped: frozenset[int] = frozenset()
 
     def __call__(self, deck: Deck) -> list[Parts]:
         """What is kept of every axis."""
@@ -205,8 +239,15 @@ class _ByScore:
                     self.reasons.setdefault(unit, reason)
         free = [not self.reasons.keys() & set(units.tolist()) for units in deck.axes]
         value = _unit_scores(deck, self.scores)
+        value[list(self.gone)] = -np.inf
         drop = self._dropped(
             [value[units] if ok else None for units, ok in zip(deck.axes, free, strict=True)]
+        )
+        self.dropped = frozenset(
+            unit
+            for units, gone in zip(deck.axes, drop, strict=True)
+            if gone is not None
+            for unit in units[gone].tolist()
         )
         return [
             np.where(gone, DROPPED, KEPT).astype(np.int16)
@@ -409,6 +450,7 @@ class PruneUnits(Pass):
     scope: str = "layer"
     biases: bool = False
     norms: bool = False
+    iterations: int = 100
     seed: int = 0
     scoring: Scoring | None = None
 
@@ -416,12 +458,13 @@ class PruneUnits(Pass):
         """Prune every program; how it was divided is known no longer, as its tensors have other sizes."""
         method: Method = self.method  # type: ignore[assignment]  # `Scoring.check` refuses what is none
         scope: Scope = self.scope  # type: ignore[assignment]
-        scoring = self.scoring or Scoring(method, seed=self.seed)
+        scoring = self.scoring or Scoring(method, iterations=self.iterations, seed=self.seed)
+        scoring.check()
         found = []
         for program in programs.items:
             names = prunable(program, biases=self.biases, norms=self.norms)
-            saliency = saliency_of(program, names, scoring)
-            found.append(prune_units(program, saliency, self.amount, scope))
+            score = functools.partial(saliency_of, names=names, scoring=scoring)
+            found.append(prune_units(program, score, self.amount, scope, rounds=scoring.rounds))
         kept = {name: reason for pruned in found for name, reason in pruned.kept.items()}
         reason = "; ".join(f"{name} {why}" for name, why in kept.items())
         return PassResult(Programs(tuple(pruned.small() for pruned in found)), modified=True, reason=reason)

@@ -755,11 +755,12 @@ OPTIONS = {
     ],
     "sparsify": [
         *("-o/--out", "--method", "--sparsity", "--scope", "--mode", "--biases", "--norms", "--temperature"),
-        *("--iterations", "--seed", "--entry", "--input", "--keep-output", "--force", "--json"),
-        "-v/--verbose",
+        *("--iterations", "--per-class", "--seed", "--entry", "--input", "--keep-output", "--force"),
+        *("--json", "-v/--verbose"),
     ],
     "prune-units": [
-        *("-o/--out", "--method", "--amount", "--scope", "--mode", "--seed", "--entry", "--input"),
+        *("-o/--out", "--method", "--amount", "--scope", "--mode", "--iterations", "--per-class"),
+        *("--seed", "--entry", "--input"),
         *("--keep-output", "--no-verify", "--force", "--json", "-v/--verbose"),
     ],
     "ensemble": [

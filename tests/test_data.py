@@ -2,15 +2,16 @@
 
 import gzip
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import graphsplit as gs
-from graphsplit.errors import LoadError
+from graphsplit.errors import InputError, LoadError, UserError
 
 
 def idx(values: np.ndarray, kind: int = 0x08) -> bytes:
@@ -229,3 +230,54 @@ def test_digits_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(LoadError, match="scikit-learn, which is not installed") as caught:
         gs.data.digits()
     assert "graphsplit[data]" in str(caught.value)
+
+
+# -- as many of each class -----------------------------------------------------------------------------------
+
+LABELLED = torch.tensor([2, 0, 0, 1, 2, 0, 1, 0, 2, 1, 0, 1])
+
+
+def test_balanced_takes_as_many_of_each_class_in_turns() -> None:
+    x = torch.arange(12.0)[:, None]
+    inputs, targets = gs.data.balanced((x, LABELLED), 2)
+    assert targets.tolist() == [0, 1, 2, 0, 1, 2], "each half has as many of each"
+    places = inputs[:, 0].long()
+    assert LABELLED[places].tolist() == targets.tolist() and len(places.unique()) == 6
+    again, _ = gs.data.balanced((x, LABELLED), 2)
+    other, _ = gs.data.balanced((x, LABELLED), 2, seed=1)
+    assert torch.equal(inputs, again) and not torch.equal(inputs, other)
+
+
+def test_balanced_reads_batches_until_there_are_enough() -> None:
+    read = []
+
+    def batches() -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+        for start in range(0, 12, 4):
+            read.append(start)
+            x = torch.arange(start, start + 4)
+            yield {"x": x, "mask": x > 3}, LABELLED[start : start + 4]
+
+    inputs, targets = gs.data.balanced(batches(), 1, classes=3)
+    assert read == [0] and inputs["x"].tolist() == [1, 3, 0] and targets.tolist() == [0, 1, 2]
+    inputs, _ = gs.data.balanced(batches(), 2)
+    assert read[1:] == [0, 4, 8] and inputs["x"].tolist() == [1, 3, 0, 2, 6, 4]
+    assert inputs["mask"].tolist() == [False, False, False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "error", "message"),
+    [
+        ((torch.randn(12, 3), LABELLED), {"per_class": 4}, InputError, r"fewer than 4 examples of 1 of 3 .* 2 \(3\)"),
+        ((torch.randn(12, 3), LABELLED), {"classes": 4, "per_class": 1}, InputError, r"1 of 4 classes: 3 \(0\)"),
+        ((torch.randn(12, 3), LABELLED), {"classes": 2}, InputError, "a target is 2, expected 0 to 1"),
+        ((torch.randn(12, 3), torch.randn(12)), {}, InputError, r"of shape \[12\], expected class numbers"),
+        ((torch.randn(3, 3), LABELLED), {}, InputError, r"shape \[3, 3\] beside 12 targets"),
+        ([], {}, InputError, "gave no example"),
+        ((torch.randn(12, 3), LABELLED), {"per_class": 0}, UserError, "per_class is 0"),
+        ((torch.randn(12, 3), LABELLED), {"classes": 2.0}, UserError, r"classes is 2\.0"),
+        ([1, 2, 3], {}, UserError, "a batch is a int"),
+    ],
+)  # fmt: skip
+def test_balanced_refuses(data: Any, options: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        gs.data.balanced(data, **options)

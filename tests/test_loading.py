@@ -151,6 +151,25 @@ def test_classes_can_be_pickled_and_inspected(write: Any) -> None:
     assert inspect.getsource(type(model)).startswith("class Net")
 
 
+def test_functions_of_a_file_reach_other_processes(write: Any) -> None:
+    path = write(f"{GOOD}loss = lambda a, b: a + b\nother = 3\n")
+    loaded = load_model(path)
+    assert loaded.module is not None and loaded.function("error") is None
+    with pytest.raises(LoadError, match="is an int, expected a function"):
+        loaded.function("other")
+    sent = pickle.dumps(loaded.function("loss"))
+    del sys.modules[loaded.module.__name__]  # as where it arrives
+    assert pickle.loads(sent)(1, 2) == 3
+    assert sys.modules[loaded.module.__name__].__file__ == path
+
+
+def test_exceptions_come_back_from_other_processes(write: Any) -> None:
+    error = refused(write("1 / 0\n"), "ZeroDivisionError")
+    again = pickle.loads(pickle.dumps(error))
+    assert isinstance(error, UserCodeError) and isinstance(again, UserCodeError)
+    assert str(again) == str(error) and again.traceback_text == error.traceback_text
+
+
 def test_two_files_of_one_name_stay_apart(write: Any) -> None:
     first = load_model(write(GOOD, "a/net.py")).model
     second = load_model(write(GOOD, "b/net.py")).model

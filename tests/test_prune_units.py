@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,49 @@ def test_methods(method: Any) -> None:
     found = gs.prune_units(model, X, method=method, data=(X, torch.arange(5) % 2), loss=F.cross_entropy)
     assert found.axes == {"qkv.weight[0]": (4, 2), "hidden.weight[0]": (6, 3)}
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def flow(weights: list[Tensor]) -> list[Tensor]:
+    """Scores of SynFlow for a chain of linear layers."""
+    leaves = [weight.abs().requires_grad_() for weight in weights]
+    x = torch.ones(leaves[0].shape[1], dtype=torch.float64)
+    for leaf in leaves:
+        x = leaf @ x
+    return [leaf.detach() * g for leaf, g in zip(leaves, torch.autograd.grad(x.sum(), leaves), strict=True)]
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_synflow_scores_again_in_every_round(scope: Any) -> None:
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(4, 12), nn.ReLU(), nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 3))
+    weights = [model[place].weight.detach().double() for place in (0, 2, 4)]
+    alive = [torch.ones(12, dtype=torch.bool), torch.ones(9, dtype=torch.bool)]
+    for number in range(1, 11):
+        first, second, last = flow(weights)
+        values = [first.sum(1) + second.sum(0), second.sum(1) + last.sum(0)]
+        values = [value.where(own, -1.0) for value, own in zip(values, alive, strict=True)]
+        left = 0.25 ** (number / 10)
+        if scope == "layer":
+            for value, own in zip(values, alive, strict=True):
+                own[value.argsort()[: round(len(value) * (1 - left))]] = False
+        else:
+            best = [value.argmax() for value in values]
+            order = torch.cat([v.index_fill(0, b, math.inf) for v, b in zip(values, best, strict=True)])
+            gone = order.argsort()[: round(21 * (1 - left))]
+            alive = list(torch.cat(alive).index_fill(0, gone, False).split([12, 9]))
+        weights = [
+            weights[0] * alive[0][:, None], weights[1] * alive[1][:, None] * alive[0], weights[2] * alive[1],
+        ]  # fmt: skip
+    x = torch.randn(2, 4)
+    found = gs.prune_units(model, x, method="synflow", amount=0.75, scope=scope, iterations=10)
+    rows = found.program.state["0.weight"].tensor
+    assert torch.equal(rows, model[0].weight[alive[0]])
+    assert torch.equal(found.program.state["4.weight"].tensor, model[4].weight[:, alive[1]])
+    once = gs.prune_units(model, x, method="synflow", amount=0.75, scope=scope, iterations=1)
+    assert not torch.equal(rows, once.program.state["0.weight"].tensor), "the rounds make a difference"
+    scoring = PruneUnits(method="synflow", amount=0.75, scope=scope, iterations=10)
+    again = scoring.run(Programs((gs.trace(model, x),))).programs.single()
+    assert torch.equal(again.state["0.weight"].tensor, rows)
 
 
 def test_all_axes_together() -> None:

@@ -487,8 +487,21 @@ def test_a_loss_that_is_not_twice_differentiable() -> None:
 @CUT
 def test_a_batch_that_lacks_a_class() -> None:
     x, y = batch(classes=2)
-    with pytest.warns(UserWarning, match=r"the data lack 1 of 3 classes \(2\)"):
+    with pytest.warns(UserWarning, match=r"the data lack 1 of 3 classes \(2\).*gs\.data\.balanced"):
         gs.sparsify(network(5, 4, 3), method="grasp", sparsity=0.1, data=(x, y), loss=F.cross_entropy)
+
+
+def test_halves_of_a_balanced_batch_are_balanced() -> None:
+    x, y = torch.randn(60, 5, dtype=torch.float64), torch.arange(60) % 7 % 3
+    seen = []
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        seen.append(targets.bincount().tolist())
+        return F.cross_entropy(outputs, targets)
+
+    data = gs.data.balanced((x, y), per_class=4)
+    gs.sparsify(network(5, 4, 3), method="grasp", sparsity=0.1, data=data, loss=loss)
+    assert seen == [[2, 2, 2]] * 4, "both halves, for the gradient and for its product with the Hessian"
 
 
 def test_a_layer_that_is_cut_through_is_named() -> None:
@@ -543,6 +556,11 @@ def test_command(tmp_path: Path) -> None:
     file.write_text(FILE + DATA)
     done = run("sparsify", file, "--method", "snip", "-o", out, "--force")
     assert done.exit_code == 0 and "80" not in done.stderr and "left, by snip" in done.stdout
+    done = run("sparsify", file, "--method", "grasp", "--per-class", 2, "-o", out, "--force")
+    assert done.exit_code == 0 and "left, by grasp" in done.stdout
+    done = run("sparsify", file, "--method", "grasp", "--per-class", 5, "-o", out, "--force")
+    assert done.exit_code != 0 and "fewer than 5 examples of 3 of 3 classes" in done.stderr
+    assert run("sparsify", file, "--per-class", 2, "-o", out, "--force").exit_code == 2
     assert run("sparsify", file, "--sparsity", 1.5, "-o", out, "--force").exit_code == 2
 
 

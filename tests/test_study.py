@@ -1,5 +1,6 @@
 """Studies: trials, their records, and what follows from them."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -42,11 +43,22 @@ def small(folder: Path, **options: Any) -> gs.Study:
     return gs.study(network(), folder, train=TRAIN, held=HELD, loss=F.cross_entropy, **(given | options))
 
 
+def test_short_trials_are_as_exact_as_long_ones(tmp_path: Path) -> None:
+    plan = Plan((8,), check=8)
+    looks = [step for step in range(200) if plan.is_due(step)]
+    assert looks[:33] == list(range(33)) and looks[-3:] == [176, 184, 192]
+    assert all((b - a) * 16 <= max(a, 16) and b - a <= 8 for a, b in itertools.pairwise(looks))
+    coarse, exact = (small(tmp_path / str(n), batches=(32,), check=n) for n in (16, 1))
+    for cell, steps in exact.steps().items():
+        found = coarse.steps()[cell]
+        assert steps is not None and found is not None and steps <= found <= steps + max(steps // 8, 1)
+
+
 def test_a_study_and_its_report(tmp_path: Path) -> None:
     lines: list[str] = []
     found = small(tmp_path / "study", on_cell=lines.append)
     assert found.finished and len(found.trials) == 24 and len(lines) == 8
-    assert all(steps is None or steps % 4 == 0 for steps in found.steps().values())
+    assert all(steps is None or found.plan.is_due(steps) for steps in found.steps().values())
     complete = [trial for trial in found.trials if trial.outcome == "complete"]
     assert complete and all(0 < trial.steps <= 200 and (trial.best or 0) <= 0.12 for trial in complete)
     stopped = [trial for trial in found.trials if trial.stopped]
@@ -148,7 +160,7 @@ def test_a_trial_is_plain_training_with_masks(optimizer: Any) -> None:
         batches = [*order, *torch.randperm(96, generator=generator).split(8)]
         best = math.inf
         for number in range(21):
-            if number % 4 == 0:
+            if plan.is_due(number):
                 best = min(best, float(F.cross_entropy(own(wide[1][0]), wide[1][1]).detach()))
             done = min(number / 20 / settings.horizon, 1.0)
             step.param_groups[0]["lr"] = settings.rate * (1 - (1 - settings.end) * done)
@@ -268,3 +280,21 @@ def test_command(tmp_path: Path) -> None:
     file.write_text(file.read_text().replace("data, held", "data, other"))
     refused = run("study", file, *given)
     assert refused.exit_code == 3 and "defines no `held`" in refused.stderr
+
+
+def test_command_with_functions_of_the_file_in_two_processes(tmp_path: Path) -> None:
+    file, out = tmp_path / "model.py", tmp_path / "study"
+    own = "loss = lambda outputs, targets: cross_entropy(outputs, targets)\n"
+    own += "def error():\n    def wrong(outputs, targets):\n"
+    own += "        return (outputs.argmax(1) != targets).float().mean()\n    return wrong\n"
+    text = FILE.format(tests=str(Path(__file__).parent))
+    file.write_text(text.replace("cross_entropy as loss", "cross_entropy") + own)
+    given = ("--batches", "4,32", "--sparsities", 0, "--optimizers", "momentum", "--trials", 2)
+    given = (*given, "--goal", 0.12, "--budget", 100, "--check", 4)
+    two = run("study", file, *given, "--processes", 2, "-o", out, "--json")
+    assert two.exit_code == 0, two.stderr
+    one = run("study", file, *given, "--processes", 1, "-o", tmp_path / "one", "--json")
+    assert json.loads(two.stdout)["curves"] == json.loads(one.stdout)["curves"]
+    file.write_text(text.replace("cross_entropy as loss", "cross_entropy") + "loss = 3\n")
+    refused = run("study", file, *given, "-o", out)
+    assert refused.exit_code == 3 and "is an int, expected a function" in refused.stderr

@@ -23,6 +23,8 @@ OptimizerName = Literal["sgd", "momentum", "nesterov"]
 OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
 Decay = Literal["constant", "linear"]
 Outcome = Literal["complete", "not reached", "diverged"]
+FINENESS = 16
+"""A number of steps is known to one part in so many, where checks are not further apart than that."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ class Plan:
         trials: Sets of metaparameters for each cell.
         goal: The validation error to reach.
         budget: Steps that a trial may take.
-        check: The validation error is looked at every so many steps.
+        check: The validation error is looked at every so many steps, and more often at the start: at the
+            latest after another sixteenth of the steps so far, so that few are counted as exactly as many.
         method: How weights are chosen.
         decay: Of the learning rate.
         rates: Smallest and largest learning rate.
@@ -115,6 +118,10 @@ class Plan:
         )
         _require(self.patience >= 1, "patience", self.patience, "1 or more")
         return self
+
+    def is_due(self, step: int) -> bool:
+        """Is the validation error looked at after this step?"""
+        return step % max(1, min(self.check, step // FINENESS)) == 0 or step == self.budget
 
     def cells(self) -> list[Cell]:
         """Every combination; small batches, which take longest, come first."""

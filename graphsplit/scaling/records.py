@@ -13,7 +13,7 @@ from typing import Any
 from graphsplit.errors import BundleError
 from graphsplit.scaling.plan import Cell, Plan, Settings, Trial, name_of
 
-FORMAT = "graphsplit-study/1"
+FORMAT = "graphsplit-study/2"
 
 
 class Records:

@@ -22,8 +22,8 @@ img {{ max-width: 100%; }}
 </style>
 <h1>Steps to a validation error of {goal:g}, against batch size</h1>
 <p>{trials} trials, {complete} of them reached the goal, {late} did not, {diverged} diverged. Pruned by
-{method}; {count} sets of metaparameters for each point; the goal is looked at every {check} steps, for
-at most {budget}.</p>
+{method}; {count} sets of metaparameters for each point; the goal is looked at every {check} steps, more
+often at the start, for at most {budget}.</p>
 {figures}
 <h2>Fits of K(B) = c1 / B + c2</h2>
 {table}

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -36,7 +36,7 @@ from graphsplit.program import Mode, Program, TensorMeta, meta_of
 from graphsplit.signature import as_call
 from graphsplit.sparsity.masks import SCOPES, Scope, check_sparsity, top_k
 from graphsplit.sparsity.prunable import NORMS, roles
-from graphsplit.train.loop import Batches, Metric, read_batch
+from graphsplit.train.loop import Batches, Metric, as_batches, read_batch, take
 from graphsplit.verification import in_double, opened
 
 aten = torch.ops.aten
@@ -70,6 +70,11 @@ class Scoring:
     temperature: float = 200.0
     iterations: int = 100
     seed: int = 0
+
+    @property
+    def rounds(self) -> int:
+        """In how many rounds the method prunes: SynFlow's, for any other one."""
+        return self.iterations if self.method == "synflow" else 1
 
     def check(self) -> None:
         """Raise where the options do not fit together.
@@ -116,13 +121,13 @@ def choose(
         raise UserError(f"scope is {scope!r}, expected one of {', '.join(SCOPES)}")
     _refuse_meta(program, names)
     if scoring.method == "synflow":
-        return _synflow(program, names, scoring.iterations, sparsity, scope)
+        return _synflow(program, names, scoring.rounds, sparsity, scope)
     found = _checked(scores_of(program, names, scoring), scoring.method)
     return found, top_k(_saliency(found, scoring.method), sparsity, scope)
 
 
 def saliency_of(program: Program, names: Sequence[str], scoring: Scoring) -> Scores:
-    """Scores of which the largest are to be kept; of SynFlow those of its first round.
+    """Scores of which the largest are to be kept; of SynFlow those of one round.
 
     Raises:
         As `choose`.
@@ -182,16 +187,6 @@ def _checked(scores: Scores, method: Method) -> Scores:
 
 
 # -- gradients -----------------------------------------------------------------------------------------------
-
-
-def as_batches(data: Any) -> Iterable[Any]:
-    """Batches of what a user gives: one pair of inputs and targets is a batch of its own.
-
-    A pair has a tensor or a mapping as targets; put one whose targets are a tuple or list into a list.
-    """
-    single = isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[1], (Tensor, Mapping))
-    found: Iterable[Any] = [data] if single else data
-    return found
 
 
 def example_of(data: Any) -> Any:
@@ -311,15 +306,8 @@ def _halves(program: Program, inputs: Any, targets: Any, size: int) -> list[tupl
     order = torch.arange(size)
     if isinstance(targets, Tensor) and _are_classes(targets):
         order = torch.argsort(targets.cpu(), stable=True)
-    found = []
-    for half in (order[0::2].sort().values, order[1::2].sort().values):
-
-        def taken(tensor: Tensor, half: Tensor = half) -> Tensor:
-            whole = not tensor.dim() or tensor.shape[0] != size
-            return tensor if whole else tensor.index_select(0, half.to(tensor.device))
-
-        found.append((*pytree.tree_map_only(Tensor, taken, (inputs, targets)), len(half)))
-    return found
+    halves = (order[0::2].sort().values, order[1::2].sort().values)
+    return [(*take((inputs, targets), half, size), len(half)) for half in halves]
 
 
 def _are_classes(targets: Tensor) -> bool:
@@ -340,7 +328,7 @@ def _warn_of_classes(graph: fx.Graph, halves: Sequence[tuple[Any, Any, int]]) ->
         some = ", ".join(map(str, missing[:5])) + (" ..." if len(missing) > 5 else "")
         warnings.warn(
             f"the data lack {len(missing)} of {classes} classes ({some}), "
-            "and grasp is meant for a batch with all of them",
+            "and grasp is meant for a batch with all of them: gs.data.balanced picks one",
             stacklevel=2,
         )
 
@@ -444,12 +432,12 @@ def _affine(graph: fx.Graph, node: fx.Node, scaled: frozenset[str]) -> fx.Node:
 
 
 def _synflow(
-    program: Program, names: Sequence[str], iterations: int, sparsity: float, scope: Scope
+    program: Program, names: Sequence[str], rounds: int, sparsity: float, scope: Scope
 ) -> tuple[Scores, dict[str, Tensor]]:
     """Prune in rounds: after round t of n a share of ``(1 - sparsity)^(t/n)`` is left."""
     flow = _Flow(program, names)
     masks: dict[str, Tensor] = {}
-    rounds = iterations if sparsity else 1
+    rounds = rounds if sparsity else 1
     for number in range(1, rounds + 1):
         found = flow.scores(masks)
         _checked(found, "synflow")

@@ -264,6 +264,26 @@ def read_batch(device: torch.device, batch: Sequence[Any]) -> tuple[Any, Any, in
     return moved[0], moved[1], tensors[0].shape[0]
 
 
+def as_batches(data: Batches | Sequence[Any]) -> Batches:
+    """Batches of what a user gives: one pair of inputs and targets is a batch of its own.
+
+    A pair has a tensor or a mapping as targets; put one whose targets are a tuple or list into a list.
+    """
+    if isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[1], (Tensor, Mapping)):
+        return [data]
+    return data
+
+
+def take(batch: Any, index: Tensor, size: int) -> Any:
+    """Some examples of a batch of ``size``; tensors that do not have so many belong to all of them."""
+
+    def taken(tensor: Tensor) -> Tensor:
+        whole = not tensor.dim() or tensor.shape[0] != size
+        return tensor if whole else tensor.index_select(0, index.to(tensor.device))
+
+    return pytree.tree_map_only(Tensor, taken, batch)
+
+
 def call(model: nn.Module, inputs: Tensor | Sequence[Any] | Mapping[str, Any]) -> Any:
     """What a model gives for the inputs of a batch."""
     args, kwargs = as_call(inputs, None)
