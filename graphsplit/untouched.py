@@ -3,34 +3,51 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+import functools
+import random
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+_CONTAINERS = (list, dict, set, deque)
 
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Give modules the attributes that they had, and the random generator its state, back.
+    """Give the model the Python state that it had, and the random generators theirs, back.
 
     What forward keeps in its module (a table made at the first call, the size that it was made for) would
-    hold values of a tracer, or tell the next call of a table which was taken back. What is written into
-    tensors stays: use `set_tensors` with copies.
+    hold values of a tracer, or tell the next call of a table which was taken back. That goes for attributes,
+    for what they hold, and for functions with a cache. What is written into parameters and buffers stays: use
+    `set_tensors` with copies.
     """
-    attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
-    containers = [pair for _, kept in attributes for value in kept.values() for pair in _contents(value)]
+    registered = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    restore: list[Callable[[], None]] = []
+    for value in _reachable(model):
+        if isinstance(value, Tensor):
+            if id(value) not in registered:
+                restore.append(functools.partial(_restore_tensor, value, value.detach().clone()))
+        elif isinstance(value, np.ndarray):
+            restore.append(functools.partial(np.copyto, value, value.copy()))
+        elif isinstance(value, _CONTAINERS):
+            restore.append(functools.partial(_restore_container, value, copy.copy(value)))
+    states = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng():
             yield
     finally:
-        for found, kept in attributes:
-            found.clear()
-            found.update(kept)
-        for container, content in containers:
-            container.clear()
-            container.extend(content) if isinstance(container, list) else container.update(content)
+        for give_back in reversed(restore):
+            give_back()
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        for function in _cached_functions(model):
+            function.cache_clear()
 
 
 def set_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -49,9 +66,55 @@ def set_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             held[attribute] = tensors[own]  # type: ignore[assignment]
 
 
-def _contents(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Lists, dicts and sets in a value, each with a copy."""
-    if isinstance(value, (list, dict, set)):
-        yield value, copy.copy(value)
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _contents(inner)
+def _reachable(model: nn.Module) -> Iterator[Any]:
+    """What Python state a model has: namespaces of modules and plain objects, containers, arrays, tensors."""
+    seen: set[int] = set()
+    stack: list[Any] = [model]
+    while stack:
+        value = stack.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, (Tensor, np.ndarray)):
+            yield value
+        elif isinstance(value, dict):
+            yield value
+            stack.extend(value.values())
+        elif isinstance(value, _CONTAINERS):
+            yield value
+            stack.extend(value)
+        elif isinstance(value, (tuple, frozenset)):
+            stack.extend(value)
+        elif isinstance(value, nn.Module) or _is_plain(value):
+            stack.append(vars(value))
+
+
+def _is_plain(value: Any) -> bool:
+    """An object of a class of the user's, or of a library on top of torch."""
+    root = type(value).__module__.partition(".")[0]
+    return (
+        hasattr(value, "__dict__")
+        and root not in {"torch", "builtins", "numpy", *sys.stdlib_module_names}
+        and not isinstance(value, type)
+        and not callable(value)
+    )
+
+
+def _restore_tensor(tensor: Tensor, kept: Tensor) -> None:
+    if not tensor.is_meta and not torch.equal(tensor.detach(), kept):
+        tensor.data.copy_(kept)
+
+
+def _restore_container(container: Any, kept: Any) -> None:
+    container.clear()
+    container.update(kept) if isinstance(container, (dict, set)) else container.extend(kept)
+
+
+def _cached_functions(model: nn.Module) -> Iterator[Any]:
+    """Functions with ``lru_cache`` in the classes of a model and in the files that define them."""
+    classes = {base for module in model.modules() for base in type(module).__mro__}
+    files = {base.__module__ for base in classes if base.__module__.partition(".")[0] != "torch"}
+    for space in (*classes, *(sys.modules[name] for name in files if name in sys.modules)):
+        for value in list(vars(space).values()):
+            if isinstance(value, functools._lru_cache_wrapper):
+                yield value

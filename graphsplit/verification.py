@@ -31,9 +31,8 @@ def in_double(program: Program) -> Program:
     graphs = tuple(retarget_graph(graph, _wide) for graph in program.graphs)
     state = dict(program.state)
     for name, entry in program.state.items():
-        if entry.tensor.dtype.is_floating_point:
-            tensor = entry.tensor.detach().double().requires_grad_(entry.requires_grad)
-            state[name] = replace(entry, tensor=tensor)
+        tensor = _double(entry.tensor).requires_grad_(entry.requires_grad)
+        state[name] = replace(entry, tensor=tensor)
     inputs = tuple(replace(meta, dtype=_wide(meta.dtype)) for meta in program.signature.inputs)
     signature = replace(program.signature, inputs=inputs)
     return replace(program, graphs=graphs, state=state, signature=signature)
@@ -53,6 +52,8 @@ def drawn_state(program: Program, generator: torch.Generator) -> dict[str, Tenso
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
+    if dtype.is_complex:
+        return torch.complex128
     return torch.float64 if dtype.is_floating_point else dtype
 
 
@@ -213,7 +214,7 @@ def random_own(program: Program, analysis: Analysis, generator: torch.Generator)
 
 
 def _double(tensor: Tensor) -> Tensor:
-    return tensor.detach().double() if tensor.dtype.is_floating_point else tensor.detach()
+    return tensor.detach().to(_wide(tensor.dtype))
 
 
 def _mean(
@@ -244,7 +245,8 @@ def _merge_row(check: str, merged: Program, mean: Sequence[Tensor], inputs: Sequ
 
 def _run(program: Program, inputs: Sequence[Tensor]) -> list[Tensor]:
     """Floating-point outputs before a closing softmax or sigmoid, in eval mode and without noise."""
-    module = emit(opened(quiet(program)), copy=False).eval()
+    buffers = {name: entry.tensor.clone() for name, entry in program.state.items() if entry.kind == "buffer"}
+    module = emit(opened(quiet(program.with_state(buffers))), copy=False).eval()
     with torch.no_grad():
         outputs = module.run_flat(inputs)
     return [

@@ -397,6 +397,44 @@ def test_merged_models_train() -> None:
 # Size
 
 
+class Taken(nn.Module):
+    """Gives a part of what mixes all of its outputs: those that are not given are divided."""
+
+    def __init__(self, take: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.c, self.take = nn.Linear(8, 12), nn.Linear(12, 6), take
+
+    def forward(self, x: Tensor) -> Any:
+        return self.take(self.c(torch.relu(self.a(x))))
+
+
+@pytest.mark.parametrize("k", [2, 3])
+@pytest.mark.parametrize(
+    "take",
+    [
+        lambda o: o.softmax(-1)[:, 1],
+        lambda o: o.softmax(-1)[:, :2],
+        lambda o: o.log_softmax(-1)[:, ::2],
+        lambda o: (o - o.mean(-1, keepdim=True))[:, ::2],
+        lambda o: F.normalize(o)[:, ::2],
+        lambda o: F.layer_norm(o, (6,))[:, :2],
+        lambda o: o.cumsum(-1)[:, -1],
+        lambda o: F.layer_norm(o, (6,)).split(3, -1)[0],
+    ],
+    ids=[
+        "softmax, one", "softmax", "log_softmax", "centred", "normalize", "layer norm", "cumsum", "split",
+    ],
+)  # fmt: skip
+def test_a_part_of_outputs_that_were_mixed(take: Callable[[Tensor], Any], k: int) -> None:
+    part = gs.partition(Taken(take), torch.randn(5, 8), k=k)
+    certificate = part.verify()
+    assert certificate.ok, str(certificate)
+    x = torch.randn(4, 8)
+    mean = torch.stack([submodel.eval()(x) for submodel in part.submodels]).mean(0)
+    torch.testing.assert_close(part.merge().eval()(x), mean)
+
+
 @functools.cache
 def partition_of(name: str) -> gs.Partition:
     return gs.partition(traced(name), k=2)

@@ -177,6 +177,51 @@ def kept(plan: PartitionPlan, name: str) -> Tensor:
     return counts
 
 
+class Positions(nn.Module):
+    """A table of positions that is longer than the example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.tok, self.f, self.out = nn.Embedding(10, 8), nn.Linear(8, 12), nn.Linear(12, 3)
+        self.pos = nn.Parameter(torch.randn(1, 16, 8))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.out(torch.relu(self.f(self.tok(ids) + self.pos[:, : ids.shape[1]])).mean(1))
+
+
+class Columns(nn.Module):
+    """Uses two parts of a weight, and leaves the rest of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.out = nn.Linear(8, 12), nn.Parameter(torch.randn(3, 20))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.f(x).relu()
+        return h[:, :6] @ self.out[:, :6].t() + h[:, 6:] @ self.out[:, 6:12].t()
+
+
+@pytest.mark.parametrize("length", [4, 8, 16])
+def test_what_the_example_does_not_reach_is_kept_whole(length: int) -> None:
+    model, ids = Positions(), torch.randint(10, (2, 4), generator=torch.Generator().manual_seed(0))
+    part = gs.partition(model, ids, k=2, emit="module")
+    assert part.verify().ok
+    first, second = part.submodels
+    merged = Positions()
+    merged.load_state_dict(part.merge(duplicate=False).state_dict())
+    longer = torch.randint(10, (2, length), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(merged(longer), (first(longer) + second(longer)) / 2)
+    assert torch.equal(torch.cat([first.pos, second.pos], dim=2), model.pos), "no row is lost"
+
+
+def test_columns_that_nothing_reads_are_kept_whole() -> None:
+    part = gs.partition(Columns(), torch.randn(2, 8), k=2)
+    assert part.verify().ok
+    plans = {plan.name: plan for plan in part.plan.state}
+    assert plans["out"].local_shape(1) == (3, 6 + 8)
+
+
 @pytest.mark.parametrize(("name", "k"), [(name, k) for name in MODELS for k in ZOO[name].k])
 def test_merge_of_slices(name: str, k: int) -> None:
     part = partition_of(name, k)

@@ -21,6 +21,12 @@ from graphsplit.program import TRAINING, Dim, Program, TensorMeta, op_name, sour
 aten = torch.ops.aten
 
 LARGEST_CONSTANT = 1 << 20
+CUTS = {"slice.Tensor", "select.int", "narrow.default"}
+MOVES = CUTS | {
+    "alias.default", "clone.default", "contiguous.default", "detach.default", "expand.default",
+    "permute.default", "reshape.default", "squeeze.default", "squeeze.dim", "squeeze.dims", "t.default",
+    "to.dtype", "transpose.int", "unsqueeze.default", "view.default", "_to_copy.default",
+}  # fmt: skip
 KNOWN = {torch.bool, torch.int32, torch.int64, torch.float32, torch.float64}
 
 
@@ -192,11 +198,36 @@ class Inference:
                 if node.op == "call_function" and node not in self.common:
                     self.facts[node] = self._apply(node)
             self._output(graph)
+        for name in self.state:
+            self._keep_unread(name)
         for name, dims in self.state.items():
             shape = self.program.state[name].tensor.shape
             self.state[name] = [
                 np.zeros(n, np.int64) if d is None else d for d, n in zip(dims, shape, strict=True)
             ]
+
+    def _keep_unread(self, name: str) -> None:
+        """Keep entries of a state tensor whole that are cut off, as rows of a table for longer inputs are."""
+        read: list[Ids] = []
+        cuts: list[fx.Node] = []
+        stack = [node for node in self.program.nodes() if node.op == "get_attr" and node.target == name]
+        while stack:
+            node = stack.pop()
+            moves = [user for user in node.users if op_name(user) in MOVES]
+            if len(moves) < len(node.users):
+                if node.op == "get_attr":
+                    return
+                read += self.factors(node)
+            stack += moves
+            cuts += [user for user in moves if op_name(user) in CUTS]
+        if not cuts:
+            return
+        seen = np.unique(np.concatenate([np.zeros(1, np.int64), *(ids.ravel() for ids in read)]))
+        for ids in self.state[name]:
+            if ids is not None and (unread := np.setdiff1d(ids, seen)).size:
+                self.units.share(unread)
+                facts = self.facts[cuts[0]]
+                facts.whole = facts.whole or "what the example inputs do not reach is kept whole"
 
     def _mark(self) -> None:
         self.common.clear()

@@ -203,7 +203,10 @@ def _as_mean(kinds: Kinds, node: fx.Node, facts: Facts, own: list[fx.Node], mixe
     if mixes:
         return False
     if not sums:
-        return bool(own) and all(operand in facts.linear and _has_mean(operand) for operand in own)
+        # Of values that each sub-model has of other units there is no mean, only of what is taken of them.
+        divided = any(layout.active for operand in own for layout in layouts_of(kinds, operand))
+        linear = all(operand in facts.linear and _has_mean(operand) for operand in own)
+        return bool(own) and linear and not divided
     weights = [
         w for w in node.all_input_nodes if isinstance(kinds.layout.get(w), Layout) and w.op == "get_attr"
     ]

@@ -380,14 +380,16 @@ def _export(
 
 def _run_once(model: nn.Module, call: _Call) -> list[str]:
     """Leave the model as after a first call, but for values of buffers; name those of another shape."""
-    before = dict(model.named_buffers())
-    copies = {name: buffer.detach().clone() for name, buffer in before.items()}
+    before = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    copies = {
+        name: tensor.detach().clone().requires_grad_(tensor.requires_grad) for name, tensor in before.items()
+    }
     set_tensors(model, copies)
     args, kwargs = call.unflatten(call.tensors)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.eval()(*args, **kwargs)
-    after = dict(model.named_buffers())
+    after = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     set_tensors(model, {name: before[name] for name, copied in copies.items() if after.get(name) is copied})
     return [name for name in before if name in after and after[name].shape != before[name].shape]
 
