@@ -1,15 +1,18 @@
 """Tracing: a program does what its model does, in both modes, or the model is refused with the reason."""
 
 import copy
+import functools
+import random
 import subprocess
 import sys
 import warnings
-from collections import OrderedDict, namedtuple
+from collections import OrderedDict, deque, namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -1516,6 +1519,142 @@ def test_tables_that_forward_makes_at_its_first_call(kind: str, called: bool) ->
     assert torch.equal(gs.emit(part.program)(x), fresh(x))
     expected = ("forward gives table another shape in its first call: traced as it is then",)
     assert part.program.notes == (expected if kind == "buffer of another shape" and not called else ())
+
+
+class Memory:
+    """A plain object of the user's."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+        self.calls = 0
+
+
+class KeepsState(nn.Module):
+    """Keeps Python state in every way that users do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc1, self.fc2 = nn.Linear(6, 8), nn.Linear(8, 4)
+        self.recent: deque[Tensor] = deque(maxlen=4)
+        self.nested: tuple[list[Tensor], dict[str, int]] = ([], {})
+        self.memory = Memory()
+        self.counts = np.zeros(2)
+        self.total = torch.zeros(8)
+        self.helpers = [nn.Linear(8, 8)]
+        self.helpers[0].calls = 0
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019 - what users do
+    def table(self, size: int) -> Tensor:
+        return torch.arange(size, dtype=torch.float32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.fc1(x) * self.table(8)
+        self.recent.append(h)
+        self.nested[0].append(h)
+        self.nested[1]["calls"] = self.nested[1].get("calls", 0) + 1
+        self.memory.seen.append(h)
+        self.memory.calls += 1
+        self.counts += random.random()
+        self.helpers[0].calls += 1
+        return self.fc2(h.relu())
+
+
+def test_python_state_of_the_user_stays() -> None:
+    model, x = KeepsState(), torch.randn(3, 6)
+    expected = model(x).detach()
+    kept = (len(model.recent), len(model.nested[0]), dict(model.nested[1]), model.memory.calls)
+    counts, state = model.counts.copy(), random.getstate()
+    with model_unchanged(model):
+        part = gs.partition(model, x, k=2)
+        assert part.verify().ok
+    assert kept == (len(model.recent), len(model.nested[0]), dict(model.nested[1]), model.memory.calls)
+    assert [type(h) for h in (*model.recent, *model.nested[0], *model.memory.seen)] == [Tensor] * 3
+    assert (model.counts == counts).all() and random.getstate() == state
+    assert model.helpers[0].calls == 1
+    assert type(model(x)) is Tensor and torch.equal(model(x), expected)
+
+
+class Merging(nn.Linear):
+    """Low-rank adaptation that is added to the weight in evaluation, as loralib's."""
+
+    def __init__(self) -> None:
+        super().__init__(6, 8)
+        self.a, self.b = nn.Parameter(torch.randn(2, 6)), nn.Parameter(torch.randn(8, 2))
+        self.merged = False
+
+    def train(self, mode: bool = True) -> "Merging":
+        super().train(mode)
+        if mode == self.merged:
+            self.weight.data += (self.b @ self.a) * (-1 if mode else 1)
+            self.merged = not mode
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = super().forward(x)
+        return h if self.merged else h + x @ self.a.t() @ self.b.t()
+
+
+def test_modes_that_write_to_weights_are_refused() -> None:
+    model = nn.Sequential(Merging(), nn.ReLU(), nn.Linear(8, 3))
+    x = torch.randn(2, 6)
+    with (
+        model_unchanged(model),
+        pytest.raises(UnsupportedError, match=r"Merging\.train\(False\) writes to weight.*module 0"),
+    ):
+        gs.trace(model, x)
+
+
+class Clamps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.fc1.weight.data.clamp_(-0.05, 0.05)
+        return self.fc2(self.fc1(x).relu())
+
+
+def test_a_refused_model_keeps_its_weights() -> None:
+    model, x = Clamps(), torch.randn(2, 6)
+    with model_unchanged(model), pytest.raises(UserError):
+        gs.trace(model, x)
+
+
+class Counts(nn.Module):
+    """Counts its calls, in evaluation too, and reads the count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc1, self.fc2 = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        self.register_buffer("decay", torch.ones((), dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.decay.mul_(0.9)
+        return self.fc2(self.fc1(x).relu()) / (1 + self.calls) * self.decay.float()
+
+
+def test_certificates_do_not_count_as_calls() -> None:
+    model, x = Counts(), torch.randn(3, 6)
+    with model_unchanged(model):
+        part = gs.partition(model, x, k=2)
+        certificate = part.verify()
+    assert certificate.ok, str(certificate)
+
+
+def test_complex_inputs_are_widened_in_certificates() -> None:
+    model = nn.Sequential(OrderedDict(real=Real(), fc1=nn.Linear(6, 8), relu=nn.ReLU(), fc2=nn.Linear(8, 3)))
+    part = gs.partition(model, torch.randn(3, 6, dtype=torch.complex64), k=2)
+    certificate = part.verify()
+    assert certificate.ok and certificate.max_error < 1e-12, str(certificate)
+
+
+class Real(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.real + x.imag
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

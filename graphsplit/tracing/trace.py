@@ -27,7 +27,7 @@ from torch.export import Dim as ExportDim
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from graphsplit.errors import GraphsplitError, InputError, LoadError, TraceError
+from graphsplit.errors import GraphsplitError, InputError, LoadError, TraceError, UnsupportedError
 from graphsplit.program import Program, StateEntry, check, meta_of
 from graphsplit.signature import SCALARS, Outputs, Signature, as_call, leaf_names
 from graphsplit.tracing.functionalize import Functionalizer
@@ -94,6 +94,8 @@ def trace(
 def _trace(model: nn.Module, call: _Call, dynamic: Mapping[str, tuple[int, ...]] | None) -> Program:
     """`trace` of flattened example inputs, in train and in eval mode."""
 
+    _refuse_modes_that_write(model)
+
     def exported() -> Program:
         exports = []
         for mode in (True, False):
@@ -110,6 +112,34 @@ def _trace(model: nn.Module, call: _Call, dynamic: Mapping[str, tuple[int, ...]]
             program = exported()
         note = f"forward gives {found} another shape in its first call: traced as it is then"
         return dataclasses.replace(program, notes=(*program.notes, note))
+
+
+def _refuse_modes_that_write(model: nn.Module) -> None:
+    """Where ``train()`` or ``eval()`` adds one weight to another, the modes have models of other weights."""
+    for path, module in model.named_modules():
+        if type(module).train is nn.Module.train and type(module).eval is nn.Module.eval:
+            continue
+        with untouched(module):
+            copies = _copies(module)
+            before = {name: tensor.detach().clone() for name, tensor in copies.items()}
+            set_tensors(module, copies)
+            for mode in (not module.training, module.training):
+                module.train(mode)
+                for name, tensor in copies.items():
+                    if not tensor.is_meta and not torch.equal(tensor.detach(), before[name]):
+                        raise UnsupportedError(
+                            f"{type(module).__name__}.train({mode}) writes to {name}",
+                            where=f"module {path}" if path else None,
+                            hint="switch it off (loralib: merge_weights=False), or merge weights for good",
+                        )
+
+
+def _copies(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of parameters and buffers."""
+    return {
+        name: tensor.detach().clone().requires_grad_(tensor.requires_grad)
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+    }
 
 
 class _ShapesAfterTheFirstCall(Exception):
@@ -381,9 +411,7 @@ def _export(
 def _run_once(model: nn.Module, call: _Call) -> list[str]:
     """Leave the model as after a first call, but for values of buffers; name those of another shape."""
     before = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    copies = {
-        name: tensor.detach().clone().requires_grad_(tensor.requires_grad) for name, tensor in before.items()
-    }
+    copies = _copies(model)
     set_tensors(model, copies)
     args, kwargs = call.unflatten(call.tensors)
     with torch.no_grad(), warnings.catch_warnings():
