@@ -1517,8 +1517,33 @@ def test_tables_that_forward_makes_at_its_first_call(kind: str, called: bool) ->
     assert (model.size, model.tables.keys()) == (kept[0], kept[2].keys())
     assert model.table is kept[1]
     assert torch.equal(gs.emit(part.program)(x), fresh(x))
-    expected = ("forward gives table another shape in its first call: traced as it is then",)
-    assert part.program.notes == (expected if kind == "buffer of another shape" and not called else ())
+    grown = "forward gives table another shape in its first call: traced as it is then"
+    sized = "forward changes size from call to call: the graph has them as in the first"
+    expected = grown if kind == "buffer of another shape" else sized
+    assert part.program.notes == (() if called else (expected,))
+
+
+class Carries(nn.Module):
+    """Keeps a value of the last call, a running average and a count, as attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(6, 8), nn.Linear(8, 4)
+        self.last: Tensor | None = None
+        self.average, self.calls = torch.zeros(8), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.fc1(x).relu()
+        out = self.fc2(h + self.average) * (1.0 if self.calls % 2 else 0.5)
+        self.last, self.average, self.calls = h.detach(), h.detach().mean(0), self.calls + 1
+        return out
+
+
+def test_state_that_a_graph_cannot_follow_is_noted() -> None:
+    program = gs.trace(Carries(), torch.randn(3, 6))
+    assert program.notes == (
+        "forward changes last, average, calls from call to call: the graph has them as in the first",
+    )
 
 
 class Memory:

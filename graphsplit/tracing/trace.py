@@ -114,6 +114,31 @@ def _trace(model: nn.Module, call: _Call, dynamic: Mapping[str, tuple[int, ...]]
         return dataclasses.replace(program, notes=(*program.notes, note))
 
 
+def _attributes(model: nn.Module) -> dict[str, Any]:
+    """What modules keep beside parameters, buffers and children, by path."""
+    return {
+        f"{path}.{name}".lstrip("."): value
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if not name.startswith("_") and name != "training"
+    }
+
+
+def _changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Attributes that forward wrote over, and values of the batch that it keeps; not tables that it makes."""
+    found = []
+    for name, value in after.items():
+        old = before.get(name)
+        if value is old:
+            continue
+        if isinstance(value, Tensor):
+            if old is not None or not all(type(size) is int for size in value.shape):
+                found.append(name)
+        elif isinstance(value, SCALARS) and old is not None and value != old:
+            found.append(name)
+    return found
+
+
 def _refuse_modes_that_write(model: nn.Module) -> None:
     """Where ``train()`` or ``eval()`` adds one weight to another, the modes have models of other weights."""
     for path, module in model.named_modules():
@@ -241,6 +266,10 @@ class _Recorder:
 
     outputs: Outputs | None = None
     left_out: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
+
+
+_Exported = tuple[ExportedProgram, Outputs, _Recorder]
 
 
 class _Flat(nn.Module):
@@ -255,9 +284,10 @@ class _Flat(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Any, ...]:
         args, kwargs = self.call.unflatten(tensors)
         model = getattr(self, _PREFIX)
-        before = dict(model.named_buffers(remove_duplicate=False))
+        buffers, attributes = dict(model.named_buffers(remove_duplicate=False)), _attributes(model)
         result = model(*args, **kwargs)
-        _write_assigned_buffers(model, before)
+        _write_assigned_buffers(model, buffers)
+        self.recorder.changed = tuple(_changed(attributes, _attributes(model)))
         if dataclasses.is_dataclass(result) and type(result) not in pytree.SUPPORTED_NODES:
             pytree.register_dataclass(type(result))
         leaves, spec = pytree.tree_flatten(result)
@@ -377,9 +407,7 @@ def _place(frames: Sequence[traceback.FrameSummary]) -> str | None:
     return f"{frames[-1].filename}:{frames[-1].lineno} `{frames[-1].line}`"
 
 
-def _export(
-    model: nn.Module, call: _Call, dynamic: Mapping[str, tuple[int, ...]] | None
-) -> tuple[ExportedProgram, Outputs, tuple[str, ...]]:
+def _export(model: nn.Module, call: _Call, dynamic: Mapping[str, tuple[int, ...]] | None) -> _Exported:
     flat = _Flat(model, call)
     shapes = []
     for tensor, name in zip(call.tensors, call.names, strict=True):
@@ -405,7 +433,7 @@ def _export(
             "the model gives no tensor" + "".join(f"; {name}" for name in seen.left_out),
             hint="let forward return tensors, or a nested tuple, list, dict or dataclass of them",
         )
-    return exported, seen.outputs, seen.left_out
+    return exported, seen.outputs, seen
 
 
 def _run_once(model: nn.Module, call: _Call) -> list[str]:
@@ -450,8 +478,8 @@ def _explain(model: nn.Module, call: _Call, error: Exception) -> GraphsplitError
 def _assemble(
     model: nn.Module,
     call: _Call,
-    train: tuple[ExportedProgram, Outputs, tuple[str, ...]],
-    evaluation: tuple[ExportedProgram, Outputs, tuple[str, ...]],
+    train: _Exported,
+    evaluation: _Exported,
 ) -> Program:
     first = _first_names(model)
 
@@ -468,7 +496,9 @@ def _assemble(
         graphs = (finish(functional[0]), finish(functional[1]))
         outputs = (train[1], evaluation[1])
     notes = list(call.notes)
-    notes += [f"{name} is no tensor and was left out of the outputs" for name in train[2]]
+    notes += [f"{name} is no tensor and was left out of the outputs" for name in train[2].left_out]
+    if changed := ", ".join(dict.fromkeys((*train[2].changed, *evaluation[2].changed))):
+        notes.append(f"forward changes {changed} from call to call: the graph has them as in the first")
     signature = Signature(
         inputs=tuple(meta_of(node) for node in graphs[0].nodes if node.op == "placeholder"),
         input_names=call.names,
