@@ -8,6 +8,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -189,9 +190,16 @@ def study(
     else:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(min(wanted, len(jobs)), context, initializer=_one_thread) as pool:
-            for line in pool.map(_run_packed, jobs):
-                if on_cell is not None:
-                    on_cell(line)
+            try:
+                for line in pool.map(_run_packed, jobs):
+                    if on_cell is not None:
+                        on_cell(line)
+            except BrokenProcessPool as error:
+                raise UserError(
+                    "a process of the study ended before its trials did; what is finished is kept",
+                    hint='let the script start it below `if __name__ == "__main__":`, as every process reads '
+                    "the script, or give processes=1",
+                ) from error
     return Study(records)
 
 

@@ -122,6 +122,16 @@ class Defined:
         """Call it."""
         return _value_of(self)(*args)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Load the file where this arrives: at a call it would run inside of what calls, such as a vmap."""
+        return _arrived, (self.module, self.file, self.origin, self.name)
+
+
+def _arrived(*place: Any) -> Defined:
+    defined = Defined(*place)
+    _value_of(defined)
+    return defined
+
 
 @functools.cache
 def _value_of(defined: Defined) -> Any:

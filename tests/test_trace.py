@@ -3,6 +3,7 @@
 import copy
 import functools
 import random
+import re
 import subprocess
 import sys
 import warnings
@@ -1537,6 +1538,27 @@ class Carries(nn.Module):
         out = self.fc2(h + self.average) * (1.0 if self.calls % 2 else 0.5)
         self.last, self.average, self.calls = h.detach(), h.detach().mean(0), self.calls + 1
         return out
+
+
+@pytest.mark.parametrize(
+    ("dynamic", "words", "hint"),
+    [
+        ({"x": (0,)}, "an input x, which there is not", r"the inputs are args\[0\]"),
+        ({"args[0]": (0, 2)}, r"dimension 2 of input args\[0\]", "0 to 1"),
+        ({"args[0]": (-1,)}, r"dimension -1 of input args\[0\]", "0 to 1"),
+    ],
+)
+def test_dynamic_dimensions_that_there_are_not(dynamic: Any, words: str, hint: str) -> None:
+    with pytest.raises(InputError, match=words) as caught:
+        gs.trace(nn.Linear(6, 2), torch.randn(2, 6), dynamic=dynamic)
+    assert caught.value.hint and re.search(hint, caught.value.hint)
+
+
+def test_outputs_that_there_are_not() -> None:
+    entry = ZOO["hub_bert"]
+    with pytest.raises(InputError, match=r"no output named logit\b") as caught:
+        gs.trace(entry.build(), entry.inputs(), outputs="logit")
+    assert caught.value.hint and "output['logits']" in caught.value.hint
 
 
 def test_state_that_a_graph_cannot_follow_is_noted() -> None:

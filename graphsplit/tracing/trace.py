@@ -77,8 +77,9 @@ def trace(
     if not isinstance(model, nn.Module):
         raise LoadError(f"the model is a {type(model).__name__}, expected a torch.nn.Module")
     args, kwargs = as_call(args, kwargs)
-    kept = None if outputs is None else tuple(outputs)
+    kept = None if outputs is None else (outputs,) if isinstance(outputs, str) else tuple(outputs)
     call = _Call.of(model, args, kwargs, outputs=kept)
+    _check_dynamic(call, dynamic or {})
     try:
         program = _trace(model, call, dynamic)
     except InputError:
@@ -89,6 +90,21 @@ def trace(
             return program
     # The one example cannot stand twice: the first dimension is no batch, or the model fixes its size.
     return _trace(model, _Call.of(model, args, kwargs, outputs=kept, double=False), dynamic)
+
+
+def _check_dynamic(call: _Call, dynamic: Mapping[str, tuple[int, ...]]) -> None:
+    dims = {name: tensor.dim() for name, tensor in zip(call.names, call.tensors, strict=True)}
+    for name, chosen in dynamic.items():
+        if name not in dims:
+            raise InputError(
+                f"dynamic names an input {name}, which there is not", hint=f"the inputs are {', '.join(dims)}"
+            )
+        wrong = [dim for dim in chosen if not 0 <= dim < dims[name]]
+        if wrong:
+            raise InputError(
+                f"dynamic names dimension {wrong[0]} of input {name}",
+                hint=f"its dimensions are 0 to {dims[name] - 1}" if dims[name] else "it has no dimension",
+            )
 
 
 def _trace(model: nn.Module, call: _Call, dynamic: Mapping[str, tuple[int, ...]] | None) -> Program:
@@ -267,6 +283,7 @@ class _Recorder:
     outputs: Outputs | None = None
     left_out: tuple[str, ...] = ()
     changed: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
 
 
 _Exported = tuple[ExportedProgram, Outputs, _Recorder]
@@ -311,6 +328,8 @@ class _Flat(nn.Module):
                 left_out.append(f"{name} ({type(leaf).__name__})")
         self.recorder.outputs = Outputs(spec, tuple(places), tuple(kept_names))
         self.recorder.left_out = tuple(left_out)
+        tensors_of = zip(leaves, names, strict=True)
+        self.recorder.names = tuple(name for leaf, name in tensors_of if isinstance(leaf, Tensor))
         return tuple(kept)
 
 
@@ -428,7 +447,10 @@ def _export(model: nn.Module, call: _Call, dynamic: Mapping[str, tuple[int, ...]
         raise TraceError("torch.export never ran the model's forward")
     if not seen.outputs.names:
         if call.outputs is not None:
-            raise InputError(f"the model has no output named {' or '.join(call.outputs)}")
+            raise InputError(
+                f"the model has no output named {' or '.join(call.outputs)}",
+                hint=f"it gives {', '.join(seen.names) or 'no tensor'}",
+            )
         raise TraceError(
             "the model gives no tensor" + "".join(f"; {name}" for name in seen.left_out),
             hint="let forward return tensors, or a nested tuple, list, dict or dataclass of them",

@@ -28,6 +28,10 @@ class _PerModel(Optimizer, ABC):
         given = list(parameters)
         if not given:
             raise UserError("there are no parameters to train")
+        if not all(isinstance(parameter, Tensor) for parameter in given):
+            raise UserError(
+                "parameters are given in groups", hint="give the parameters, and settings as vectors of K"
+            )
         self.k = len(given[0]) if given[0].dim() else 0
         if not self.k or any(not parameter.dim() or len(parameter) != self.k for parameter in given):
             raise UserError(
@@ -37,7 +41,10 @@ class _PerModel(Optimizer, ABC):
         super().__init__(given, {"lr": 1.0, **vectors})
 
     def _vector(self, name: str, value: Setting) -> Tensor:
-        found = torch.as_tensor(value, dtype=torch.float64)
+        try:
+            found = torch.as_tensor(value, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{name} is {value!r}, expected a number, or one for each model") from error
         if found.dim() and found.shape != (self.k,):
             raise UserError(f"{len(found)} values of {name} for {self.k} models")
         if bool((found < 0).any()):
