@@ -50,16 +50,17 @@ class FusedModule(ProgramModule):
         cost: What was measured to find that out.
     """
 
-    _SHARED: ClassVar[set[str]] = {*ProgramModule._SHARED, "_single"}
+    _SHARED: ClassVar[set[str]] = {*ProgramModule._SHARED, "_singles"}
 
-    def __init__(self, fused: Fused, single: Program) -> None:
+    def __init__(self, fused: Fused) -> None:
         super().__init__(_laid_out(fused.program), copy=False)
         self.k = fused.k
         self.looped = dict(fused.looped)
         self.in_turn = fused.in_turn
         self.cost = fused.cost
+        single = fused.singles[0]
         self._same = {name: same for first, same in fused.same.items() for name in _names(single, first)}
-        self._single = without_weights(single)
+        self._singles = tuple(map(without_weights, fused.singles))
 
     def state_dicts(self) -> list[dict[str, Tensor]]:
         """The state of each model under the original names; the tensors are views of this module's."""
@@ -70,8 +71,8 @@ class FusedModule(ProgramModule):
         """Each model as a module of its own, whose parameters are views of this module's: no second copy."""
         named = self._named()
         return [
-            emit(self._single.with_state(self._state_of(named, number)), copy=False).train(self.training)
-            for number in range(self.k)
+            emit(single.with_state(self._state_of(named, number)), copy=False).train(self.training)
+            for number, single in enumerate(_of_each(self._singles, self.k))
         ]
 
     def _named(self) -> dict[str, Tensor]:
@@ -161,42 +162,48 @@ class FusedModule(ProgramModule):
         Outputs, buffers and gradients are compared with those of K separate models; what is drawn at random
         is left out, as each way draws other numbers.
         """
-        fused = Fused(program_of(self), self.k, self._same, self.looped)
-        return certify_fused(fused, program_of(self.models()[0]))
+        singles = tuple(map(program_of, self.models()))
+        return certify_fused(Fused(program_of(self), singles, self.k, self._same, self.looped))
 
     def to_bundle(self) -> FusedBundle:
         """What `gs.save` writes."""
-        same = {name: self._same[name] for name in self._single.state}
+        same = {name: self._same[name] for name in self._singles[0].state}
         return FusedBundle(
-            program_of(self), self._single, self.k, same, self.looped, self.in_turn, training=self.training
+            program_of(self), self._singles, self.k, same, self.looped, self.in_turn, training=self.training
         )
 
     @classmethod
     def from_bundle(cls, found: FusedBundle) -> FusedModule:
         """The module that a bundle holds."""
-        fused = Fused(found.program, found.k, found.same, found.looped, found.in_turn)
-        return cls(fused, found.single).train(found.training)
+        fused = Fused(found.program, found.singles, found.k, found.same, found.looped, found.in_turn)
+        return cls(fused).train(found.training)
 
     def _follow(self, before: Place | None, after: Place | None) -> None:
         """Let the graphs of a single model go along, too."""
         super()._follow(before, after)
-        self._single = replace(self._single, graphs=moved_graphs(self._single.graphs, before, after))
+        self._singles = tuple(
+            replace(single, graphs=moved_graphs(single.graphs, before, after)) for single in self._singles
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """As data, like the rest of the module."""
         from graphsplit.serialization import program_to_data
 
         state = super().__getstate__()
-        state["_single"] = program_to_data(state["_single"])
+        state["_singles"] = list(map(program_to_data, state["_singles"]))
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Read what `__getstate__` wrote."""
         from graphsplit.serialization import program_from_data
 
-        single = state.pop("_single")
+        singles = state.pop("_singles")
         super().__setstate__(state)
-        self._single = without_weights(program_from_data(single, self._state_of(self._named(), 0)))
+        named = self._named()
+        self._singles = tuple(
+            without_weights(program_from_data(single, self._state_of(named, number)))
+            for number, single in enumerate(singles)
+        )
 
 
 def _laid_out(program: Program) -> Program:
@@ -219,6 +226,11 @@ def _is_read_transposed(program: Program, name: str) -> bool:
     return bool(readers) and all(
         reader.target is aten.transpose.int and reader.args[1:] == (1, 2) for reader in readers
     )
+
+
+def _of_each(singles: Sequence[Program], k: int) -> Sequence[Program]:
+    """The program of each model, where one may stand for all."""
+    return singles if len(singles) == k else [singles[0]] * k
 
 
 def _names(program: Program, name: str) -> tuple[str, ...]:
@@ -247,15 +259,16 @@ def _equal(a: Any, b: Any) -> bool:
     return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
 
 
-def certify_fused(fused: Fused, single: Program) -> Certificate:
-    """Prove a fusion with random values, in both modes and without noise.
+def certify_fused(fused: Fused) -> Certificate:
+    """Prove a fusion with random values, in both modes and without noise: each model against its own program.
 
     Args:
-        fused: All models as one program, of which the graphs count, and not the values.
-        single: One of the models.
+        fused: All models as one program, and each, of which the graphs count, and not the values.
     """
     generator = torch.Generator().manual_seed(0)
-    drawn = [drawn_state(single, generator) for _ in range(fused.k)]
+    singles = _of_each(fused.singles, fused.k)
+    single = singles[0]
+    drawn = [drawn_state(own, generator) for own in singles]
     for other in drawn[1:]:
         other.update((name, value) for name, value in drawn[0].items() if fused.same[name])
     together = {
@@ -265,7 +278,9 @@ def certify_fused(fused: Fused, single: Program) -> Certificate:
         for name, value in drawn[0].items()
     }
     whole = in_double(quiet(fused.program.with_state(together)))
-    programs = [in_double(quiet(single.with_state(own))) for own in drawn]
+    programs = [
+        in_double(quiet(program.with_state(own))) for program, own in zip(singles, drawn, strict=True)
+    ]
     inputs = flat_inputs(programs[0].signature, None)
     each = [inputs] * fused.k
     given = inputs
@@ -331,10 +346,10 @@ def fuse(
     """
     programs = [_program(model, args, kwargs) for model in models]
     if not auto:
-        return FusedModule(fuse_programs(programs, own_inputs=own_inputs), programs[0])
+        return FusedModule(fuse_programs(programs, own_inputs=own_inputs))
     given = args != () or bool(kwargs)
     inputs = programs[0].signature.flatten(*as_call(args, kwargs)) if programs and given else None
-    return FusedModule(fuse_where_it_pays(programs, own_inputs=own_inputs, inputs=inputs), programs[0])
+    return FusedModule(fuse_where_it_pays(programs, own_inputs=own_inputs, inputs=inputs))
 
 
 def _program(model: nn.Module | Program, args: Any, kwargs: Mapping[str, Any] | None) -> Program:

@@ -8,7 +8,8 @@ A value of one model, ``[N, C, ...]``, stands in the fused graph as
   pooling need no view at all.
 
 What has no rule, or is called in a way that its rule does not know, runs once for each model on slices, which
-is always right. With ``in_turn`` every op does.
+is always right; so does what has other numbers among its arguments in each model, as a slice that takes a
+sub-model's share of a value that all have. With ``in_turn`` every op does.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ class Value:
 
 Result = Value | tuple[Any, ...] | fx.Node
 Rule = Callable[["Fuser", fx.Node, dict[str, Any]], Result | None]
+Own = Mapping[fx.Node, Sequence[Any]]
+"""Arguments (positional, by keyword) of each model, in nodes of the first, where they differ."""
 RULES: dict[str, Rule] = {}
 """Rules by the base name of the op; one that gives None does not know this way to call it."""
 
@@ -78,9 +81,16 @@ class Fuser:
     """
 
     def __init__(
-        self, k: int, same: Mapping[str, bool], constants: dict[str, StateEntry], *, in_turn: bool = False
+        self,
+        k: int,
+        same: Mapping[str, bool],
+        constants: dict[str, StateEntry],
+        own: Own,
+        *,
+        in_turn: bool = False,
     ) -> None:
         self.k = k
+        self._own = own
         self._rules: Mapping[str, Rule] = {} if in_turn else RULES
         self.build = GraphBuilder(constants)
         self.looped: Counter[str] = Counter()
@@ -260,8 +270,9 @@ class Fuser:
 
     def _call(self, node: fx.Node) -> Any:
         if node.target is operator.getitem:
-            found = self.value(node_arg(node))
-            return found[node.args[1]]
+            return self._item(node)
+        if node in self._own:
+            return self._loop(node, [self.lookup(own) for own in self._own[node]])
         given = self.lookup((node.args, node.kwargs))
         operands = [item for item in _leaves(given) if isinstance(item, Value)]
         overload = isinstance(node.target, torch._ops.OpOverload)  # what draws is each model's own
@@ -274,7 +285,14 @@ class Fuser:
             found = self._rules[base_name(node)](self, node, self.arguments(node))
             if found is not None:
                 return found
-        return self._loop(node, given)
+        return self._loop(node, [given] * self.k)
+
+    def _item(self, node: fx.Node) -> Any:
+        found = self.value(node_arg(node))
+        if node not in self._own:
+            return found[node.args[1]]
+        parts = [self.part(found[args[1]], number) for number, (args, _) in enumerate(self._own[node])]
+        return self._together(parts, node.meta["value"])
 
     def _as_it_is(self, node: fx.Node, given: Any) -> Any:
         args, kwargs = _nodes(given)
@@ -296,12 +314,12 @@ class Fuser:
             for position, item in enumerate(meta)
         )
 
-    def _loop(self, node: fx.Node, given: Any) -> Any:
-        """The op once for each model."""
+    def _loop(self, node: fx.Node, each: Sequence[Any]) -> Any:
+        """The op once for each model, with the arguments of each."""
         self.looped[op_name(node)] += 1
         meta = node.meta.get("value")
         results = []
-        for number in range(self.k):
+        for number, given in enumerate(each):
             args, kwargs = self._of_one(given, number)
             results.append(self.build.call(node.target, args, meta, kwargs))
         if isinstance(meta, TensorMeta):
