@@ -474,6 +474,29 @@ def test_awkward_arguments(build: Callable[[], nn.Module], own: bool) -> None:
     assert certificate.ok, certificate
 
 
+class InMemory(nn.Module):
+    """Numbers by where they stand in memory: behind a product, turned, a part of something, a weight's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.l, self.h, self.w = nn.Linear(6, 24), nn.Linear(12, 3), nn.Parameter(torch.randn(5, 4))
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        h = self.l(torch.tanh(x))
+        first = h.as_strided((x.shape[0], 12), (24, 1))
+        turned = torch.relu(h.t()).as_strided((3, 12), (12, 1))
+        part = h.unflatten(1, (2, 12))[:, 1].as_strided((3, 12), (24, 1), 6)
+        return self.h(first), self.h(turned), self.h(part), self.w.as_strided((3,), (4,), 1) * x.sum()
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+def test_ops_that_read_memory_find_it_as_in_the_model(own: bool) -> None:
+    torch.manual_seed(0)
+    program = gs.trace(InMemory(), (torch.randn(3, 6), torch.randn(1)))
+    certificate = certify_fused(fuse_programs([program] * K, own_inputs=own))
+    assert certificate.ok, certificate
+
+
 def test_nothing_of_it_runs_once_for_each_model() -> None:
     torch.manual_seed(0)
     program = gs.trace(ByIndex(), (torch.randn(3, 6), torch.randn(3, 3, 4, 4)))
