@@ -838,6 +838,64 @@ def test_the_command_line_fuses_sub_models_with_arguments_of_their_own(tmp_path:
     assert verified.exit_code == 0, verified.stderr
 
 
+class Called(nn.Module):
+    """A layer and a parameter under names of the user's choice."""
+
+    def __init__(self, layer: str, parameter: str) -> None:
+        super().__init__()
+        self.names = layer, parameter
+        setattr(self, layer, nn.Linear(4, 6))
+        setattr(self, parameter, nn.Parameter(torch.randn(6)))
+        self.register_buffer("graph", torch.randn(6))
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer, parameter = self.names
+        h = torch.relu(getattr(self, layer)(x)) * getattr(self, parameter) + self.graph
+        scores: Tensor = self.head(h)
+        return scores
+
+
+@pytest.mark.parametrize(
+    ("layer", "parameter"),
+    [("k", "looped"), ("looped", "k"), ("in_turn", "cost"), ("cost", "_same"), ("_single", "_singles")],
+)
+def test_parts_of_the_models_may_be_called_as_what_the_module_knows(
+    layer: str, parameter: str, tmp_path: Path
+) -> None:
+    x = torch.randn(3, 4)
+    own = [model.eval() for model in models(K, lambda: Called(layer, parameter))]
+    expected = torch.stack([model(x) for model in own])
+    fused = gs.fuse(own, x).eval()
+    gs.save(fused, tmp_path / "fused")
+    for found in (
+        fused,
+        copy.deepcopy(fused),
+        pickle.loads(pickle.dumps(fused)),
+        gs.load(tmp_path / "fused"),
+    ):
+        assert isinstance(found, gs.FusedModule)
+        assert found.state_dict().keys() == own[0].state_dict().keys()
+        assert found.get_parameter(f"{layer}.weight").shape == (K, 6, 4)
+        torch.testing.assert_close(found(x), expected)
+        assert found.verify().ok
+        assert len(found.models()) == len(found.state_dicts()) == K
+        found.load_models(own)
+        torch.testing.assert_close(found(x), expected)
+        torch.testing.assert_close(copy.deepcopy(found).double()(x.double()).float(), expected)
+    assert fused.state_dict()[parameter].data_ptr() == getattr(fused, parameter).data_ptr()
+    team = gs.ensemble(own, args=x)
+    torch.testing.assert_close(team.eval()(x), expected.mean(0))
+    assert gs.fuse(own, x, auto=True).verify().ok
+
+
+def test_what_the_module_knows_of_itself() -> None:
+    fused = gs.fuse(models(), images())
+    assert (fused.k, fused.looped, fused.in_turn, fused.cost) == (K, {}, False, None)
+    with pytest.raises(UserError, match="a part called state_dicts"):
+        gs.fuse(models(2, lambda: Called("state_dicts", "w")), torch.randn(3, 4))
+
+
 # Bad input
 
 
