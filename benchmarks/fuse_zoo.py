@@ -127,7 +127,7 @@ def main() -> None:
             )
             continue
         fused = fuse([program] * first)
-        certificate = certify_fused(fused, program)
+        certificate = certify_fused(fused)
         looped.update(fused.looped)
         wrong += not certificate.ok
         errors.append(certificate.max_error)

@@ -70,15 +70,15 @@ def fuse(
     certificate = None
     if not no_verify:
         with progress.step("verify"):
-            certificate = certify_fused(fused, programs[0])
+            certificate = certify_fused(fused)
         report["certificate"] = certificate.to_data()
         check_to_write(certificate, lambda: report, as_json=as_json)
     with progress.step("write"):
         data = None if certificate is None else certificate.to_data()
-        single = without_weights(programs[0])
+        singles = tuple(map(without_weights, fused.singles))
         save(
             FusedBundle(
-                fused.program, single, fused.k, fused.same, fused.looped, fused.in_turn, certificate=data
+                fused.program, singles, fused.k, fused.same, fused.looped, fused.in_turn, certificate=data
             ),
             out,
             overwrite=force,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +14,7 @@ from graphsplit.builder import aten
 from graphsplit.bundle import FusedBundle, program_of, without_weights
 from graphsplit.emission import ProgramModule, emit
 from graphsplit.errors import PlanError
+from graphsplit.fusion.cost import FusionCost
 from graphsplit.passes.fuse import Fused, fuse_where_it_pays, part_of
 from graphsplit.passes.fuse import fuse as fuse_programs
 from graphsplit.program import Mode, Program
@@ -35,6 +36,26 @@ from graphsplit.verification import (
     tensors_error,
 )
 
+_KNOWN = "what it knows."  # no name of a part of a model, as there is a dot in it
+
+
+def known(module: FusedModule) -> _Known:
+    """What a fused module knows of itself, whatever its models' parts are called."""
+    found: _Known = module.__dict__[_KNOWN]
+    return found
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What a fused module knows of itself; see `Fused`."""
+
+    k: int
+    same: Mapping[str, bool]
+    singles: tuple[Program, ...]
+    looped: Mapping[str, int]
+    in_turn: bool
+    cost: FusionCost | None
+
 
 class FusedModule(ProgramModule):
     """K models of one architecture, in which every op does the work of all. Made by `fuse`.
@@ -43,35 +64,52 @@ class FusedModule(ProgramModule):
     all on a leading dimension of K. Parameters have their original names and that dimension, too, so that one
     optimizer trains all models; with a loss that is the sum of theirs each has its own gradient.
 
-    Attributes:
-        k: Number of models.
-        looped: How many ops of each name run once for each model, as they have no better way.
-        in_turn: Every op does, as it was asked for what pays, and fusing did not.
-        cost: What was measured to find that out.
+    What it knows of itself (`k`, `looped`, `in_turn`, `cost`) gives way to a part of the models with its
+    name: where they have a layer ``k``, ``fused.k`` is that.
     """
 
-    _SHARED: ClassVar[set[str]] = {*ProgramModule._SHARED, "_single"}
+    _SHARED: ClassVar[set[str]] = {*ProgramModule._SHARED, _KNOWN}
+    _YIELDING: ClassVar[set[str]] = {*ProgramModule._YIELDING, "k", "looped", "in_turn", "cost"}
 
-    def __init__(self, fused: Fused, single: Program) -> None:
+    def __init__(self, fused: Fused) -> None:
         super().__init__(_laid_out(fused.program), copy=False)
-        self.k = fused.k
-        self.looped = dict(fused.looped)
-        self.in_turn = fused.in_turn
-        self.cost = fused.cost
-        self._same = {name: same for first, same in fused.same.items() for name in _names(single, first)}
-        self._single = without_weights(single)
+        single = fused.singles[0]
+        same = {name: same for first, same in fused.same.items() for name in _names(single, first)}
+        singles = tuple(map(without_weights, fused.singles))
+        own = _Known(fused.k, same, singles, dict(fused.looped), fused.in_turn, fused.cost)
+        self.__dict__[_KNOWN] = own
+
+    @property
+    def k(self) -> int:
+        """Number of models."""
+        return self._yielded("k", known(self).k)
+
+    @property
+    def looped(self) -> Mapping[str, int]:
+        """How many ops of each name run once for each model, as they have no better way."""
+        return self._yielded("looped", known(self).looped)
+
+    @property
+    def in_turn(self) -> bool:
+        """Every op does, as it was asked for what pays, and fusing did not."""
+        return self._yielded("in_turn", known(self).in_turn)
+
+    @property
+    def cost(self) -> FusionCost | None:
+        """What was measured to find that out."""
+        return self._yielded("cost", known(self).cost)
 
     def state_dicts(self) -> list[dict[str, Tensor]]:
         """The state of each model under the original names; the tensors are views of this module's."""
         saved = self.state_dict()
-        return [part_of(self._same, saved, number) for number in range(self.k)]
+        return [part_of(known(self).same, saved, number) for number in range(known(self).k)]
 
     def models(self) -> list[ProgramModule]:
         """Each model as a module of its own, whose parameters are views of this module's: no second copy."""
         named = self._named()
         return [
-            emit(self._single.with_state(self._state_of(named, number)), copy=False).train(self.training)
-            for number in range(self.k)
+            emit(single.with_state(self._state_of(named, number)), copy=False).train(self.training)
+            for number, single in enumerate(_of_each(known(self).singles, known(self).k))
         ]
 
     def _named(self) -> dict[str, Tensor]:
@@ -80,7 +118,7 @@ class FusedModule(ProgramModule):
         return named | dict(self.named_buffers(remove_duplicate=False))
 
     def _state_of(self, named: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
-        own = part_of(self._same, {name: tensor.detach() for name, tensor in named.items()}, number)
+        own = part_of(known(self).same, {name: tensor.detach() for name, tensor in named.items()}, number)
         return {name: tensor.requires_grad_(named[name].requires_grad) for name, tensor in own.items()}
 
     def load_models(self, models: Sequence[nn.Module | Mapping[str, Tensor]]) -> None:
@@ -89,12 +127,12 @@ class FusedModule(ProgramModule):
         Raises:
             PlanError: There are not K of them, or one has other tensors.
         """
-        if len(models) != self.k:
-            raise PlanError(f"{len(models)} models for {self.k}")
+        if len(models) != known(self).k:
+            raise PlanError(f"{len(models)} models for {known(self).k}")
         states = [model.state_dict() if isinstance(model, nn.Module) else model for model in models]
         with torch.no_grad():
             for name, tensor in self.state_dict().items():
-                same = self._same.get(name, True)
+                same = known(self).same.get(name, True)
                 own = tensor if same else tensor[0]
                 for number, state in enumerate(states):
                     if name not in state or state[name].shape != own.shape:
@@ -126,8 +164,8 @@ class FusedModule(ProgramModule):
         Raises:
             PlanError: A model lacks a parameter, or the models have taken different numbers of steps.
         """
-        if len(optimizers) != self.k or len(models) != self.k:
-            raise PlanError(f"{len(optimizers)} optimizers of {len(models)} models for {self.k}")
+        if len(optimizers) != known(self).k or len(models) != known(self).k:
+            raise PlanError(f"{len(optimizers)} optimizers of {len(models)} models for {known(self).k}")
         named = [dict(model.named_parameters()) for model in models]
         for name, parameter in self.named_parameters():
             lost = next((number for number, own in enumerate(named) if name not in own), None)
@@ -161,42 +199,52 @@ class FusedModule(ProgramModule):
         Outputs, buffers and gradients are compared with those of K separate models; what is drawn at random
         is left out, as each way draws other numbers.
         """
-        fused = Fused(program_of(self), self.k, self._same, self.looped)
-        return certify_fused(fused, program_of(self.models()[0]))
+        own, singles = known(self), tuple(map(program_of, self.models()))
+        return certify_fused(Fused(program_of(self), singles, own.k, own.same, own.looped))
 
     def to_bundle(self) -> FusedBundle:
         """What `gs.save` writes."""
-        same = {name: self._same[name] for name in self._single.state}
+        own = known(self)
+        same = {name: own.same[name] for name in own.singles[0].state}
         return FusedBundle(
-            program_of(self), self._single, self.k, same, self.looped, self.in_turn, training=self.training
+            program_of(self), own.singles, own.k, same, own.looped, own.in_turn, training=self.training
         )
 
     @classmethod
     def from_bundle(cls, found: FusedBundle) -> FusedModule:
         """The module that a bundle holds."""
-        fused = Fused(found.program, found.k, found.same, found.looped, found.in_turn)
-        return cls(fused, found.single).train(found.training)
+        fused = Fused(found.program, found.singles, found.k, found.same, found.looped, found.in_turn)
+        return cls(fused).train(found.training)
 
     def _follow(self, before: Place | None, after: Place | None) -> None:
         """Let the graphs of a single model go along, too."""
         super()._follow(before, after)
-        self._single = replace(self._single, graphs=moved_graphs(self._single.graphs, before, after))
+        own = known(self)
+        singles = (replace(one, graphs=moved_graphs(one.graphs, before, after)) for one in own.singles)
+        self.__dict__[_KNOWN] = replace(own, singles=tuple(singles))
 
     def __getstate__(self) -> dict[str, Any]:
         """As data, like the rest of the module."""
         from graphsplit.serialization import program_to_data
 
         state = super().__getstate__()
-        state["_single"] = program_to_data(state["_single"])
+        own = state.pop(_KNOWN)
+        state[_KNOWN] = replace(own, singles=()), list(map(program_to_data, own.singles))
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Read what `__getstate__` wrote."""
         from graphsplit.serialization import program_from_data
 
-        single = state.pop("_single")
+        own, singles = state.pop(_KNOWN)
         super().__setstate__(state)
-        self._single = without_weights(program_from_data(single, self._state_of(self._named(), 0)))
+        self.__dict__[_KNOWN] = own
+        named = self._named()
+        programs = (
+            without_weights(program_from_data(single, self._state_of(named, number)))
+            for number, single in enumerate(singles)
+        )
+        self.__dict__[_KNOWN] = replace(own, singles=tuple(programs))
 
 
 def _laid_out(program: Program) -> Program:
@@ -219,6 +267,11 @@ def _is_read_transposed(program: Program, name: str) -> bool:
     return bool(readers) and all(
         reader.target is aten.transpose.int and reader.args[1:] == (1, 2) for reader in readers
     )
+
+
+def _of_each(singles: Sequence[Program], k: int) -> Sequence[Program]:
+    """The program of each model, where one may stand for all."""
+    return singles if len(singles) == k else [singles[0]] * k
 
 
 def _names(program: Program, name: str) -> tuple[str, ...]:
@@ -247,15 +300,16 @@ def _equal(a: Any, b: Any) -> bool:
     return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
 
 
-def certify_fused(fused: Fused, single: Program) -> Certificate:
-    """Prove a fusion with random values, in both modes and without noise.
+def certify_fused(fused: Fused) -> Certificate:
+    """Prove a fusion with random values, in both modes and without noise: each model against its own program.
 
     Args:
-        fused: All models as one program, of which the graphs count, and not the values.
-        single: One of the models.
+        fused: All models as one program, and each, of which the graphs count, and not the values.
     """
     generator = torch.Generator().manual_seed(0)
-    drawn = [drawn_state(single, generator) for _ in range(fused.k)]
+    singles = _of_each(fused.singles, fused.k)
+    single = singles[0]
+    drawn = [drawn_state(own, generator) for own in singles]
     for other in drawn[1:]:
         other.update((name, value) for name, value in drawn[0].items() if fused.same[name])
     together = {
@@ -265,7 +319,9 @@ def certify_fused(fused: Fused, single: Program) -> Certificate:
         for name, value in drawn[0].items()
     }
     whole = in_double(quiet(fused.program.with_state(together)))
-    programs = [in_double(quiet(single.with_state(own))) for own in drawn]
+    programs = [
+        in_double(quiet(program.with_state(own))) for program, own in zip(singles, drawn, strict=True)
+    ]
     inputs = flat_inputs(programs[0].signature, None)
     each = [inputs] * fused.k
     given = inputs
@@ -331,10 +387,10 @@ def fuse(
     """
     programs = [_program(model, args, kwargs) for model in models]
     if not auto:
-        return FusedModule(fuse_programs(programs, own_inputs=own_inputs), programs[0])
+        return FusedModule(fuse_programs(programs, own_inputs=own_inputs))
     given = args != () or bool(kwargs)
     inputs = programs[0].signature.flatten(*as_call(args, kwargs)) if programs and given else None
-    return FusedModule(fuse_where_it_pays(programs, own_inputs=own_inputs, inputs=inputs), programs[0])
+    return FusedModule(fuse_where_it_pays(programs, own_inputs=own_inputs, inputs=inputs))
 
 
 def _program(model: nn.Module | Program, args: Any, kwargs: Mapping[str, Any] | None) -> Program:

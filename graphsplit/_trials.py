@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from graphsplit._fuse import FusedModule, fuse
+from graphsplit._fuse import FusedModule, fuse, known
 from graphsplit.bundle import program_of
 from graphsplit.emission import ProgramModule
 from graphsplit.errors import UserError
@@ -129,7 +129,9 @@ def _each(model: FusedModule, inputs: Any, targets: Any, metric: Metric) -> Tens
         try:
             found: Tensor = torch.vmap(metric, (0, None), randomness="different")(outputs, targets)
         except (RuntimeError, ValueError):  # a loss of the user's that looks at values, say
-            each = [pytree.tree_map_only(Tensor, _select(number), outputs) for number in range(model.k)]
+            each = [
+                pytree.tree_map_only(Tensor, _select(number), outputs) for number in range(known(model).k)
+            ]
             found = torch.stack([metric(output, targets) for output in each])
     return found
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import linecache
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,8 +21,7 @@ from graphsplit.program import Mode, Program
 from graphsplit.retarget import Place, moved_graphs, place_of
 from graphsplit.signature import Signature
 
-# Properties of emitted modules that give way to a part of the model with their name.
-YIELDING = {"graph", "code"}
+Given = TypeVar("Given")
 
 
 class ProgramModule(nn.Module):
@@ -35,6 +34,8 @@ class ProgramModule(nn.Module):
 
     signature: Signature
     _SHARED: ClassVar[set[str]] = {"signature", "_graphs", "_runs"}
+    # Properties that give way to a part of the model with their name.
+    _YIELDING: ClassVar[set[str]] = {"graph", "code"}
 
     def __init__(self, program: Program, *, copy: bool = True) -> None:
         super().__init__()
@@ -55,9 +56,9 @@ class ProgramModule(nn.Module):
         self._adopt(parts)
 
     def _adopt(self, parts: nn.Module) -> None:
-        """Take over the children of another module, of which one may be called ``graph`` or ``code``."""
+        """Take over the children of another module, which may be called ``graph`` or ``code``."""
         for name in (*parts._modules, *parts._parameters, *parts._buffers):
-            if name not in YIELDING and hasattr(self, name):
+            if name not in self._YIELDING and hasattr(self, name):
                 raise UnsupportedError(
                     f"the model has a part called {name}, a name that emitted modules need themselves",
                     hint="give it another name",
@@ -73,6 +74,12 @@ class ProgramModule(nn.Module):
             if name in parts:
                 return parts[name]
         return None
+
+    def _yielded(self, name: str, own: Given) -> Given:
+        """What a property gives: the model's part of its name, which generated code reads, or its own."""
+        part = self._part(name)
+        found: Given = own if part is None else part
+        return found
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Same call as the traced model's."""

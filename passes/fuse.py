@@ -11,6 +11,9 @@ After::
 
 Weights stand on a leading dimension of K, and so do the outputs. Random numbers are drawn for each model by
 itself, running statistics are each model's own (horizontal fusion: HFTA, Wang et al., MLSys 2021).
+
+Models may differ in numbers among the arguments of ops, as sub-models do that take their share of a value all
+have: such an op runs once for each model.
 """
 
 from __future__ import annotations
@@ -27,10 +30,10 @@ from graphsplit.builder import aten
 from graphsplit.errors import PartitionError, PlanError, UnsupportedError
 from graphsplit.fusion import rules as _rules  # noqa: F401  (registers the rules)
 from graphsplit.fusion.cost import FusionCost, fusion_cost
-from graphsplit.fusion.fuser import Fuser
+from graphsplit.fusion.fuser import Fuser, Own
 from graphsplit.graphs import node_arg
 from graphsplit.passes.base import Pass, PassResult, Programs
-from graphsplit.program import TRAINING, Program, StateEntry, op_name, source_of
+from graphsplit.program import TRAINING, Program, StateEntry, TensorMeta, op_name, source_of
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class Fused:
 
     Attributes:
         program: All K models; every output has a leading dimension of K.
+        singles: The program of each model. One stands for all where they differ in nothing but the values of
+            parameters and buffers of floating point.
         k: Number of models.
         same: For each state tensor whether all models share one, which holds for buffers that are equal and
             never written; others have a leading dimension of K.
@@ -48,6 +53,7 @@ class Fused:
     """
 
     program: Program
+    singles: tuple[Program, ...]
     k: int
     same: Mapping[str, bool]
     looped: Mapping[str, int]
@@ -59,7 +65,7 @@ def fuse(programs: Sequence[Program], *, own_inputs: bool = False, in_turn: bool
     """One program of K.
 
     Args:
-        programs: They have the same ops on the same shapes, and values of their own.
+        programs: They have the same ops on the same shapes, and values and numbers of their own.
         own_inputs: Every input has a leading dimension of K, one for each model; else all see the same.
         in_turn: Run every op once for each model: for where fusing does not pay.
 
@@ -70,12 +76,11 @@ def fuse(programs: Sequence[Program], *, own_inputs: bool = False, in_turn: bool
     if not programs:
         raise PartitionError("there are no models to fuse")
     first, k = programs[0], len(programs)
-    for number, program in enumerate(programs[1:], start=1):
-        _check_alike(first, program, number)
+    own = _own_arguments(programs)
     written = {name for graph in first.graphs for name in _written(graph)}
     same = {name: name not in written and _is_same(programs, name) for name in first.state}
     constants: dict[str, StateEntry] = {}
-    fusers = [Fuser(k, same, constants, in_turn=in_turn) for _ in first.graphs]
+    fusers = [Fuser(k, same, constants, found, in_turn=in_turn) for found in own]
     graphs = tuple(
         fuser.run(graph, own_inputs=own_inputs) for fuser, graph in zip(fusers, first.graphs, strict=True)
     )
@@ -97,7 +102,9 @@ def fuse(programs: Sequence[Program], *, own_inputs: bool = False, in_turn: bool
         state=state | constants,
         signature=signature,
     )
-    return Fused(fused, k, same, looped, in_turn)
+    values = all(_is_drawn(entry) or _is_same(programs, name) for name, entry in first.state.items())
+    singles = (first,) if values and not any(own) else tuple(programs)
+    return Fused(fused, singles, k, same, looped, in_turn)
 
 
 def fuse_where_it_pays(
@@ -140,6 +147,11 @@ def _is_same(programs: Sequence[Program], name: str) -> bool:
     return all(torch.equal(first.tensor, program.state[name].tensor) for program in programs[1:])
 
 
+def _is_drawn(entry: StateEntry) -> bool:
+    """Has the tensor values of any size? Indices and other constants have not."""
+    return entry.kind != "constant" and entry.tensor.dtype.is_floating_point
+
+
 def _written(graph: fx.Graph) -> set[str]:
     """State that the graph changes."""
     found = set()
@@ -151,15 +163,33 @@ def _written(graph: fx.Graph) -> set[str]:
     return found
 
 
+def _own_arguments(programs: Sequence[Program]) -> list[Own]:
+    """For each graph the arguments of nodes at which the programs differ in numbers.
+
+    Raises:
+        UnsupportedError: They are not of one architecture.
+    """
+    first = programs[0]
+    own: list[dict[fx.Node, list[Any]]] = [{} for _ in first.graphs]
+    for number, other in enumerate(programs[1:], start=1):
+        _check_alike(first, other, number)
+        for found, one, two in zip(own, first.graphs, other.graphs, strict=True):
+            for node, given in _compared(one, two, number).items() if one is not two else ():
+                found.setdefault(node, [(node.args, node.kwargs)] * len(programs))[number] = given
+    return list(own)
+
+
+_HINT = "fuse models of one class and one size; sub-models of uneven shares differ"
+
+
 def _check_alike(first: Program, other: Program, number: int) -> None:
-    """Raise where two programs are not of one architecture."""
-    hint = "fuse models of one class and one size; sub-models of uneven shares differ"
+    """Raise where the state of two programs is not of one architecture."""
     if first.state.keys() != other.state.keys() or len(first.graphs) != len(other.graphs):
         lost = sorted(first.state.keys() ^ other.state.keys())
         raise UnsupportedError(
             f"model {number} is of another architecture than model 0"
             + (f": only one of them has {lost[0]}" if lost else ""),
-            hint=hint,
+            hint=_HINT,
         )
     for name, entry in first.state.items():
         found = other.state[name]
@@ -172,47 +202,75 @@ def _check_alike(first: Program, other: Program, number: int) -> None:
         if found.tensor.shape != entry.tensor.shape or found.tensor.dtype != entry.tensor.dtype:
             raise UnsupportedError(
                 f"{name} is {_words(entry.tensor)} in model 0 and {_words(found.tensor)} in model {number}",
-                hint=hint,
+                hint=_HINT,
             )
-    for one, two in zip(first.graphs, other.graphs, strict=True):
-        if one is not two:
-            _check_same_graph(one, two, number, hint)
 
 
 def _words(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
 
 
-def _check_same_graph(one: fx.Graph, two: fx.Graph, number: int, hint: str) -> None:
+def _compared(one: fx.Graph, two: fx.Graph, number: int) -> dict[fx.Node, Any]:
+    """Arguments of the second in nodes of the first, where they differ in numbers.
+
+    Raises:
+        UnsupportedError: They differ in more than that.
+    """
     names: dict[fx.Node, fx.Node] = {}
+    differing: dict[fx.Node, Any] = {}
     nodes = [list(one.nodes), list(two.nodes)]
     for a, b in zip(*nodes, strict=False):
-        names[a] = b
-        wanted: Any = fx.map_arg((a.args, a.kwargs), names.__getitem__)
+        names[b] = a
+        own, given = (a.args, a.kwargs), fx.map_arg((b.args, b.kwargs), names.__getitem__)
         state = a.op != "get_attr" or a.target == b.target or TRAINING in (a.target, b.target)
         if (a.op, op_name(a)) != (b.op, op_name(b)):
             raise UnsupportedError(
                 f"model {number} runs {op_name(b)} where model 0 runs {op_name(a)}",
                 where=str(source_of(a)),
-                hint=hint,
+                hint=_HINT,
             )
-        if not _equal(wanted, (b.args, b.kwargs)) or not state:
+        if state and _equal(own, given):
+            continue
+        if not state or not _alike(own, given) or not _same_tensors(a, b):
             raise UnsupportedError(
                 f"model {number} runs {op_name(b)} with other arguments than model 0",
                 where=str(source_of(a)),
-                hint=hint,
+                hint=_HINT,
             )
+        differing[a] = given
     if len(nodes[0]) != len(nodes[1]):
         raise UnsupportedError(
-            f"model {number} has {len(nodes[1])} ops, and model 0 {len(nodes[0])}", hint=hint
+            f"model {number} has {len(nodes[1])} ops, and model 0 {len(nodes[0])}", hint=_HINT
         )
+    return differing
 
 
 def _equal(one: Any, two: Any) -> bool:
     """Equal arguments; no number equals no number."""
     first, spec = pytree.tree_flatten(one)
     second, other = pytree.tree_flatten(two)
-    return spec == other and all(a == b or (a != a and b != b) for a, b in zip(first, second, strict=True))
+    return spec == other and all(map(_is_equal, first, second))
+
+
+def _is_equal(a: Any, b: Any) -> bool:
+    return bool(a == b or (a != a and b != b))
+
+
+def _alike(one: Any, two: Any) -> bool:
+    """Arguments that are equal but for numbers: starts of slices, indices, sizes, factors."""
+    first, spec = pytree.tree_flatten(one)
+    second, other = pytree.tree_flatten(two)
+    numbers = {int, float}  # a flag is none
+    return spec == other and all(
+        _is_equal(a, b) or {type(a), type(b)} <= numbers for a, b in zip(first, second, strict=True)
+    )
+
+
+def _same_tensors(a: fx.Node, b: fx.Node) -> bool:
+    """Do two ops give tensors, of the same shapes and dtypes?"""
+    value = a.meta.get("value")
+    items = value if isinstance(value, tuple) else (value,)
+    return value == b.meta.get("value") and all(isinstance(item, TensorMeta) for item in items)
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ class FusedBundle:
 
     Attributes:
         program: All of them.
-        single: One of them, without weights.
+        singles: Each, without weights; one stands for all where they differ in no more than that.
         k: How many.
         same: For each state tensor whether all models share one; others have a leading dimension of K.
         looped: How many ops of each name run once for each model.
@@ -141,7 +141,7 @@ class FusedBundle:
 
     kind: ClassVar[str] = "fused"
     program: Program
-    single: Program
+    singles: tuple[Program, ...]
     k: int
     same: Mapping[str, bool]
     looped: Mapping[str, int]
@@ -151,9 +151,12 @@ class FusedBundle:
 
     def content(self) -> Content:
         """What is written."""
-        content = Content(self.kind, self.single.name, {"k": self.k, "in_turn": self.in_turn})
+        single, *others = map(without_weights, self.singles)
+        content = Content(self.kind, single.name, {"k": self.k, "in_turn": self.in_turn})
         content.index["program"] = content.add("program", self.program)
-        content.index["single"] = content.add("single", without_weights(self.single))
+        content.index["single"] = content.add("single", single)
+        if others:
+            content.index["others"] = content.add_all("other", others)
         content.index["same"] = sorted(name for name, same in self.same.items() if same)
         content.index["looped"] = dict(sorted(self.looped.items()))
         content.index["training"] = self.training
@@ -166,7 +169,7 @@ class FusedBundle:
         manifest = reader.manifest
         program, single = reader.program(manifest["program"]), reader.program(manifest["single"])
         same = set(manifest["same"])
-        k = int(manifest["k"])
+        k, others = int(manifest["k"]), manifest.get("others", [])
         odd = [
             name
             for name, entry in program.state.items()
@@ -174,9 +177,11 @@ class FusedBundle:
         ]
         if odd:
             raise BundleError(f"{reader.folder / MANIFEST} is for {k} models, and {odd[0]} is not of so many")
+        if len(others) not in (0, k - 1):
+            raise BundleError(f"{reader.folder / MANIFEST} is for {k} models, and has {len(others) + 1}")
         return cls(
             program=program,
-            single=single,
+            singles=(single, *reader.programs(others)),
             k=k,
             same={name: name in same for name in single.state},
             looped={str(name): int(count) for name, count in manifest["looped"].items()},

@@ -8,7 +8,8 @@ A value of one model, ``[N, C, ...]``, stands in the fused graph as
   pooling need no view at all.
 
 What has no rule, or is called in a way that its rule does not know, runs once for each model on slices, which
-is always right. With ``in_turn`` every op does.
+is always right; so does what has other numbers among its arguments in each model, as a slice that takes a
+sub-model's share of a value that all have. With ``in_turn`` every op does.
 """
 
 from __future__ import annotations
@@ -54,8 +55,14 @@ class Value:
 
 Result = Value | tuple[Any, ...] | fx.Node
 Rule = Callable[["Fuser", fx.Node, dict[str, Any]], Result | None]
+Own = Mapping[fx.Node, Sequence[Any]]
+"""Arguments (positional, by keyword) of each model, in nodes of the first, where they differ."""
 RULES: dict[str, Rule] = {}
 """Rules by the base name of the op; one that gives None does not know this way to call it."""
+
+_READ_MEMORY = {"as_strided", "as_strided_copy", "as_strided_scatter", "sym_stride", "sym_storage_offset"}
+_NEW_MEMORY = {"linear", "addmm", "mm", "bmm"}
+"""Ops whose result stands in memory in the same way whatever their operands do."""
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -78,9 +85,17 @@ class Fuser:
     """
 
     def __init__(
-        self, k: int, same: Mapping[str, bool], constants: dict[str, StateEntry], *, in_turn: bool = False
+        self,
+        k: int,
+        same: Mapping[str, bool],
+        constants: dict[str, StateEntry],
+        own: Own,
+        *,
+        in_turn: bool = False,
     ) -> None:
         self.k = k
+        self._own = own
+        self._in_memory: set[fx.Node] = set()
         self._rules: Mapping[str, Rule] = {} if in_turn else RULES
         self.build = GraphBuilder(constants)
         self.looped: Counter[str] = Counter()
@@ -90,6 +105,7 @@ class Fuser:
 
     def run(self, graph: fx.Graph, *, own_inputs: bool) -> fx.Graph:
         """The fused graph of a model's."""
+        self._in_memory = _in_memory(graph)
         for node in graph.nodes:
             if node.op == "placeholder":
                 self._placeholder(node, own=own_inputs)
@@ -260,8 +276,11 @@ class Fuser:
 
     def _call(self, node: fx.Node) -> Any:
         if node.target is operator.getitem:
-            found = self.value(node_arg(node))
-            return found[node.args[1]]
+            return self._item(node)
+        if node in self._own:
+            return self._loop(
+                node, [self._with_own_memory(node, self.lookup(own)) for own in self._own[node]]
+            )
         given = self.lookup((node.args, node.kwargs))
         operands = [item for item in _leaves(given) if isinstance(item, Value)]
         overload = isinstance(node.target, torch._ops.OpOverload)  # what draws is each model's own
@@ -270,11 +289,32 @@ class Fuser:
         if node.target is aten.copy_.default:
             buffer, value = operands
             return self.call(node.target, (self.stack(buffer), self.stack(value)), Layout.STACK, buffer.meta)
+        if node in self._in_memory:
+            return self._loop(node, [self._with_own_memory(node, given)] * self.k)
         if overload and base_name(node) in self._rules:
             found = self._rules[base_name(node)](self, node, self.arguments(node))
             if found is not None:
                 return found
-        return self._loop(node, given)
+        return self._loop(node, [given] * self.k)
+
+    def _with_own_memory(self, node: fx.Node, given: Any) -> Any:
+        """Arguments with copies of state and inputs, where each model's are part of a stack in memory."""
+        if not _is_of(node, _READ_MEMORY) or node_arg(node).op == "call_function":
+            return given
+        (x, *args), kwargs = given
+        if x.layout is Layout.SAME:
+            return given
+        copies = [
+            self.build.call(aten.clone.default, (self.part(x, number),), x.meta) for number in range(self.k)
+        ]
+        return (self._together(copies, x.meta), *args), kwargs
+
+    def _item(self, node: fx.Node) -> Any:
+        found = self.value(node_arg(node))
+        if node not in self._own:
+            return found[node.args[1]]
+        parts = [self.part(found[args[1]], number) for number, (args, _) in enumerate(self._own[node])]
+        return self._together(parts, node.meta["value"])
 
     def _as_it_is(self, node: fx.Node, given: Any) -> Any:
         args, kwargs = _nodes(given)
@@ -296,12 +336,12 @@ class Fuser:
             for position, item in enumerate(meta)
         )
 
-    def _loop(self, node: fx.Node, given: Any) -> Any:
-        """The op once for each model."""
+    def _loop(self, node: fx.Node, each: Sequence[Any]) -> Any:
+        """The op once for each model, with the arguments of each."""
         self.looped[op_name(node)] += 1
         meta = node.meta.get("value")
         results = []
-        for number in range(self.k):
+        for number, given in enumerate(each):
             args, kwargs = self._of_one(given, number)
             results.append(self.build.call(node.target, args, meta, kwargs))
         if isinstance(meta, TensorMeta):
@@ -367,6 +407,23 @@ class Fuser:
     def call(self, target: Any, args: tuple[Any, ...], layout: Layout, meta: TensorMeta) -> Value:
         """An op that gives a value with the meta of one model."""
         return Value(self.build.call(target, args, self.meta_in(layout, meta)), layout, meta)
+
+
+def _in_memory(graph: fx.Graph) -> set[fx.Node]:
+    """Ops that read how a tensor stands in memory, and those from which it has that.
+
+    They run once for each model, so that it is as in the model.
+    """
+    found: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        readers = (user for user in node.users if not _is_of(user, _NEW_MEMORY))
+        if node.op == "call_function" and (_is_of(node, _READ_MEMORY) or not found.isdisjoint(readers)):
+            found.add(node)
+    return found
+
+
+def _is_of(node: fx.Node, names: set[str]) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and base_name(node) in names
 
 
 def _leaves(tree: Any) -> list[Any]:
