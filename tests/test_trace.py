@@ -22,7 +22,7 @@ import graphsplit as gs
 from graphsplit.errors import GraphsplitError, InputError, LoadError, TraceError, UnsupportedError, UserError
 from graphsplit.program import Program, Source, TensorMeta, op_name
 from graphsplit.signature import as_call
-from laws import assert_faithful, model_unchanged, owned, step
+from laws import assert_faithful, assert_same_step, model_unchanged, owned, step
 from zoo import ZOO, call_of, traced
 
 HERE = Path(__file__)
@@ -605,6 +605,131 @@ def test_written_buffers(body: Body) -> None:
     module = gs.emit(program)
     module(X)
     assert not torch.equal(module.average, torch.ones(8, dtype=torch.float64))
+
+
+def copy_into(average: Tensor, mean: Tensor) -> None:
+    average.copy_(mean)
+
+
+def lerp_towards(average: Tensor, mean: Tensor) -> None:
+    average.lerp_(mean, 0.1)
+
+
+def scale_and_add(average: Tensor, mean: Tensor) -> None:
+    average.mul_(0.9).add_(mean, alpha=0.1)
+
+
+def set_one(average: Tensor, mean: Tensor) -> None:
+    average[-1] = mean.sum()
+
+
+def set_some(average: Tensor, mean: Tensor) -> None:
+    average[torch.tensor([1, 5])] = mean[:2]
+
+
+def set_slice_of_view(average: Tensor, mean: Tensor) -> None:
+    average.view(2, 4)[1, 1:] = mean[5:]
+
+
+def add_out(average: Tensor, mean: Tensor) -> None:
+    torch.add(average, mean, out=average)
+
+
+def copy_twice(average: Tensor, mean: Tensor) -> None:
+    average.copy_(mean)
+    average.copy_(average * mean)
+
+
+def fill(average: Tensor, mean: Tensor) -> None:
+    average.add_(1.0)
+
+
+WHOLE_WRITES = [copy_into, lerp_towards, scale_and_add, add_out, copy_twice]
+WRITES = [*WHOLE_WRITES, set_one, set_some, set_slice_of_view, fill]
+
+
+def in_no_grad(write: Callable[[Tensor, Tensor], None]) -> Body:
+    def body(self: Any, h: Tensor) -> Tensor:
+        h = h.relu()
+        seen = h + self.average
+        with torch.no_grad():
+            write(self.average, h.mean(0))
+        return seen * self.average
+
+    return body
+
+
+def in_no_grad_function(write: Callable[[Tensor, Tensor], None]) -> Body:
+    def body(self: Any, h: Tensor) -> Tensor:
+        seen = h.relu() + self.average
+        torch.no_grad()(write)(self.average, h.mean(0))
+        return seen
+
+    return body
+
+
+def in_no_grad_by_call(write: Callable[[Tensor, Tensor], None]) -> Body:
+    def body(self: Any, h: Tensor) -> Tensor:
+        seen = h.relu() + self.average
+        torch.set_grad_enabled(False)
+        write(self.average, h.mean(0))
+        torch.set_grad_enabled(True)
+        return seen
+
+    return body
+
+
+def through_detach(write: Callable[[Tensor, Tensor], None]) -> Body:
+    def body(self: Any, h: Tensor) -> Tensor:
+        seen = h.relu() + self.average
+        write(self.average.detach(), h.mean(0))
+        return seen
+
+    return body
+
+
+def assert_same_steps(found: nn.Module, expected: nn.Module) -> None:
+    """Two steps of training, of which the second meets what the first left in the buffers."""
+    for number in range(2):
+        found.zero_grad()
+        expected.zero_grad()
+        assert_same_step(step(found, as_call(X5)), step(expected, as_call(X5)), f" in step {number}")
+        flags = {name: buffer.requires_grad for name, buffer in expected.named_buffers()}
+        assert flags.items() <= {name: buffer.requires_grad for name, buffer in found.named_buffers()}.items()
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("around", [in_no_grad, in_no_grad_function, in_no_grad_by_call, through_detach])
+def test_buffers_written_without_gradient(around: Callable[[Any], Body], write: Any) -> None:
+    # What is in the buffer must not hold on to the graph of the step that wrote it.
+    model = Net(around(write), average=torch.ones(8))
+    if around is through_detach and write is add_out:
+        pytest.skip("torch has no gradient of out=")
+    assert_same_steps(emitted(model, X), copy.deepcopy(model))
+
+
+@pytest.mark.parametrize("write", WHOLE_WRITES)
+def test_parts_of_models_that_write_buffers_without_gradient(write: Any) -> None:
+    parts = gs.partition(Net(in_no_grad(write), average=torch.ones(8)), X, k=2)
+    fused = parts.fuse()
+    for number in range(2):
+        for module in (*parts.submodels, fused):
+            step(module, as_call(X5))
+            assert not any(buffer.requires_grad for buffer in module.buffers())
+        for found, own in zip(fused.state_dicts(), parts.submodels, strict=True):
+            for name, buffer in own.named_buffers():
+                torch.testing.assert_close(found[name], buffer, msg=f"{name} in step {number}")
+
+
+def test_gradient_in_a_buffer_stays_that_of_the_model() -> None:
+    def body(self: Any, h: Tensor) -> Tensor:
+        self.average.copy_(h.mean(0))
+        return h + self.average
+
+    model = Net(body, average=torch.ones(8))
+    module = emitted(model, X)
+    assert_same_step(step(module, as_call(X5)), step(own := copy.deepcopy(model), as_call(X5)))
+    assert module.average.requires_grad and own.average.requires_grad
 
 
 # ---------------------------------------------------------------------------------------------------------
