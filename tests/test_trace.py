@@ -188,6 +188,23 @@ def test_branch_on_training_keeps_both_graphs(name: str) -> None:
     assert len(program.graphs) == 2
 
 
+NUMBERS: dict[str, Body] = {
+    "added": lambda s, h: h.relu() + (0.37 if s.training else 0.0),
+    "added, a whole number in eval": lambda s, h: h.relu() + (0.37 if s.training else 0),
+    "a factor": lambda s, h: h.relu() * (0.37 if s.training else 0.0),
+    "a flag as a factor": lambda s, h: h.relu() * s.training,
+    "a slope": lambda s, h: F.leaky_relu(h, 0.3 if s.training else 0.0),
+    "alpha": lambda s, h: torch.add(h, h.relu(), alpha=0.3 if s.training else 0.0),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_that_follow_the_mode(name: str) -> None:
+    model = Net(NUMBERS[name])
+    assert_faithful(model, (X,), (X5,))
+    assert gs.partition(model, X, k=2).verify().ok
+
+
 def test_auxiliary_head_gives_other_outputs_in_train() -> None:
     entry = ZOO["auxiliary_head"]
     program = assert_faithful(entry.build(), entry.inputs())
