@@ -1237,6 +1237,73 @@ def test_custom_autograd_function_is_refused(name: str) -> None:
     assert caught.value.where and str(HERE) in caught.value.where
 
 
+def reversed_by_hook(self: Any, h: Tensor) -> Tensor:
+    h = h * 1
+    h.register_hook(lambda gradient: -gradient)
+    return h
+
+
+def frozen_in_forward(self: Any, h: Tensor) -> Tensor:
+    self.fc2.weight.requires_grad_(False)
+    return h
+
+
+def own_generator(self: Any, h: Tensor) -> Tensor:
+    return h + torch.rand(8, generator=torch.Generator().manual_seed(0), dtype=h.dtype)
+
+
+LOST: dict[str, tuple[Body, str, bool]] = {
+    "hook on a tensor": (reversed_by_hook, r"Tensor\.register_hook", True),
+    "requires_grad_": (frozen_in_forward, r"requires_grad of the parameter fc2\.weight", False),
+    "generator": (own_generator, "Generator", True),
+    "vmap": (lambda s, h: torch.vmap(lambda row: row * row.sum())(h), r"torch\.vmap", True),
+    "grad": (lambda s, h: torch.func.grad(lambda r: (r**2).sum())(h), r"torch\.func", True),
+}
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_what_the_tracer_would_lose_is_refused_by_name(name: str) -> None:
+    body, words, has_place = LOST[name]
+    model = Net(body)
+    with pytest.raises(UserError, match=words) as caught:
+        gs.trace(model, X)
+    assert caught.value.hint
+    assert not has_place or (caught.value.where and str(HERE) in caught.value.where)
+    (X * 1).requires_grad_().register_hook(lambda gradient: gradient)  # works as before
+    assert model.fc2.weight.requires_grad
+
+
+def test_vmap_whose_result_is_dropped_is_none_of_the_program() -> None:
+    def body(self: Any, h: Tensor) -> Tensor:
+        torch.vmap(torch.sum)(h)
+        return h
+
+    assert_faithful(Net(body), (X,), (X5,))
+
+
+def test_hooks_on_gradients_are_refused_by_name() -> None:
+    model = Net(lambda s, h: h)
+    handle = model.fc2.register_full_backward_hook(lambda *_: None)
+    with pytest.raises(TraceError, match=r"fc2 has a backward hook.*register_full_backward_hook"):
+        gs.trace(model, X)
+    handle.remove()
+    for name in ("register_hook", "register_post_accumulate_grad_hook"):
+        handle = getattr(model.fc1.weight, name)(lambda _: None)
+        with pytest.raises(TraceError, match=r"fc1\.weight has a hook"):
+            gs.trace(model, X)
+        handle.remove()
+    gs.trace(model, X)
+
+
+def test_torchscript_in_a_model_is_named() -> None:
+    model = Net(lambda s, h: s.inner(h), inner=nn.Sequential(nn.Linear(8, 8), nn.ReLU()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.inner = torch.jit.script(model.inner)
+    with pytest.raises(TraceError, match="TorchScript"):
+        gs.trace(model, X)
+
+
 def test_checkpoint_is_traced() -> None:
     assert_faithful(Net(lambda s, h: checkpoint(torch.tanh, h, use_reentrant=False)), (X,), (X5,))
 

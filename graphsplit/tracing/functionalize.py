@@ -335,6 +335,14 @@ class Functionalizer:
             position = sum(other.op == "placeholder" for other in self.graph.nodes)
             new = self.graph.placeholder(self.input_names[position])
             new.target = new.name  # generated code calls its argument by this
+        elif spec.kind == InputKind.CUSTOM_OBJ:
+            kind = type(self.exported.constants.get(spec.target)).__name__
+            users = [source_from_meta(user.meta, self.strip) for user in node.users]
+            raise UnsupportedError(
+                f"forward makes or holds a {kind}, which is no tensor: programs hold none",
+                where=next((str(source) for source in users if source.file), None),
+                hint="draw random numbers without a generator of your own (torch.manual_seed sets them)",
+            )
         else:
             name = self.strip(spec.target)
             new = state_node(self.graph, name) or self.graph.create_node("get_attr", name)
