@@ -1618,6 +1618,46 @@ def test_every_operation_knows_where_it_comes_from(name: str) -> None:
             assert "/torch/" not in source.file and "/graphsplit/" not in source.file
 
 
+class OtherName(Branches):
+    def compute(self, x: Tensor, *, factor: float = 2.0) -> Tensor:
+        return self.fc(x * factor).exp()  # the line of another name
+
+    forward = compute
+
+
+def patched(model: Branches) -> Branches:
+    def compute(x: Tensor) -> Tensor:
+        return model.fc(x * 2.0).exp()  # the line of a patch
+
+    model.forward = compute  # type: ignore[method-assign]
+    return model
+
+
+def by_lambda(model: Branches) -> Branches:
+    model.forward = lambda x: model.fc(x * 2.0).exp()  # the line of a lambda
+    return model
+
+
+FORWARDS: dict[str, Callable[[], nn.Module]] = {
+    "another name": OtherName,
+    "a patch": lambda: patched(Branches()),
+    "a lambda": lambda: by_lambda(Branches()),
+}
+
+
+@pytest.mark.parametrize("name", FORWARDS)
+def test_nodes_know_the_line_of_a_forward_of_another_name(name: str) -> None:
+    model = FORWARDS[name]()
+    before = vars(model).get("forward")
+    program = gs.trace(model, X.float())
+    assert vars(model).get("forward") is before
+    sources = [
+        node.meta["source"] for node in program.nodes() if op_name(node) in ("mul.Tensor", "exp.default")
+    ]
+    assert {(source.file, source.line) for source in sources} == {(str(HERE), line_of(f"the line of {name}"))}
+    assert torch.equal(gs.emit(program)(X.float()), model(X.float()))
+
+
 @pytest.mark.parametrize("name", ["resnet_basic", "swin", "hub_llama"])
 def test_modules_of_nodes_are_modules_of_the_model(name: str) -> None:
     entry = ZOO[name]

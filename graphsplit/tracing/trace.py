@@ -32,6 +32,7 @@ from graphsplit.program import Program, StateEntry, check, meta_of
 from graphsplit.signature import SCALARS, Outputs, Signature, as_call, leaf_names
 from graphsplit.tracing.functionalize import Functionalizer
 from graphsplit.tracing.modes import finish, merge_modes
+from graphsplit.tracing.provenance import named_forward
 from graphsplit.tracing.refusals import (
     custom_functions_refused,
     gradients_as_computed,
@@ -335,9 +336,10 @@ def _export(
     with warnings.catch_warnings(), _quiet(), custom_functions_refused(), _distributions_unchecked():
         warnings.simplefilter("ignore")
         try:
-            exported = torch.export.export(
-                flat, call.tensors, strict=False, dynamic_shapes={"tensors": tuple(shapes)}
-            )
+            with named_forward(model):
+                exported = torch.export.export(
+                    flat, call.tensors, strict=False, dynamic_shapes={"tensors": tuple(shapes)}
+                )
         except GraphsplitError:
             raise
         except Exception as error:
