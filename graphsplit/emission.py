@@ -8,7 +8,9 @@ names) and runs Python code generated from its graphs. It trains, deep-copies, p
 from __future__ import annotations
 
 import itertools
+import keyword
 import linecache
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
 from weakref import WeakKeyDictionary
@@ -199,16 +201,32 @@ def _compile(graph: fx.Graph, name: str) -> Callable[..., tuple[Any, ...]]:
     """
     if graph not in _compiled:
         code = graph.python_code("self")
+        source = _with_readable_names(graph, code.src)
         filename = f"<graphsplit {name} {next(_numbers)}>"
         namespace = dict(code.globals)
-        exec(compile(code.src, filename, "exec"), namespace)
-        linecache.cache[filename] = (len(code.src), None, code.src.splitlines(keepends=True), filename)
+        exec(compile(source, filename, "exec"), namespace)
+        linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
         _compiled[graph] = namespace["forward"]
     return _compiled[graph]
 
 
 def _source(graph: fx.Graph) -> str:
-    return graph.python_code("self").src
+    return _with_readable_names(graph, graph.python_code("self").src)
+
+
+def _with_readable_names(graph: fx.Graph, source: str) -> str:
+    """Generated code with ``getattr(self, "lambda")`` for ``self.lambda``, which Python cannot read."""
+    for node in graph.nodes:
+        if node.op == "get_attr" and any(map(keyword.iskeyword, str(node.target).split("."))):
+            written = readable = "self"
+            for part in str(node.target).split("."):
+                plain = part.isidentifier()
+                written = f"{written}.{part}" if plain else f'getattr({written}, "{part}")'
+                plain = plain and not keyword.iskeyword(part)
+                readable = f"{readable}.{part}" if plain else f"getattr({readable}, {part!r})"
+            pattern = rf"(?<= = ){re.escape(written)}(?=;|\s|$)"
+            source = re.sub(pattern, readable.replace("\\", r"\\"), source)
+    return source
 
 
 def random_state(

@@ -19,7 +19,7 @@ from graphsplit.analysis import Analysis
 from graphsplit.analysis.inference import output_nodes
 from graphsplit.analysis.kinds import Kind
 from graphsplit.plan import AxisPlan, PartitionPlan, StatePlan
-from graphsplit.program import TRAINING, Program, TensorMeta, op_name, source_of
+from graphsplit.program import TRAINING, Program, TensorMeta, meta_of, op_name, source_of
 
 if TYPE_CHECKING:
     from graphsplit._api import Partition
@@ -151,7 +151,7 @@ def model_report(analysis: Analysis) -> ModelReport:
         shared=_shared(analysis),
         duplicated=_duplicated(analysis),
         cannot_split=_cannot_split(analysis),
-        notes=_notes(analysis.program),
+        notes=_notes(analysis),
     )
 
 
@@ -474,8 +474,17 @@ def op_label(node: fx.Node) -> str:
     return op_name(node).removeprefix("operator.").partition(".")[0]
 
 
-def _notes(program: Program) -> list[str]:
+def _notes(analysis: Analysis) -> list[str]:
+    program = analysis.program
     notes = list(program.notes)
+    for graph, outputs in zip(program.graphs, program.signature.outputs, strict=True):
+        for node, name in zip(output_nodes(graph), outputs.names, strict=True):
+            if isinstance(node, fx.Node) and analysis.lacks_mean(node):
+                note = (
+                    f"{name} is of type {meta_of(node).dtype} and differs between the sub-models: it has no "
+                    "mean, so that they cannot be verified or merged (outputs= names those to keep)"
+                )
+                notes += [note] if note not in notes else []
     if program.branches_on_training:
         notes.append("training and evaluation take different ways through the model's Python: both are kept")
     return notes

@@ -222,15 +222,10 @@ class _Merge:
         kind = self._kind(node)
         if kind is Kind.SPLIT and self.analysis.k > 1:
             raise InternalError(f"the output {node.name} is divided", where=str(source_of(node)))
-        meta = node.meta.get("value")
-        if (
-            kind is Kind.OWN
-            and isinstance(meta, TensorMeta)
-            and not (meta.dtype.is_floating_point or meta.dtype.is_complex)
-        ):
+        if self.analysis.lacks_mean(node):
             raise PartitionError(
-                f"the output {node.name} is of type {meta.dtype} and differs between the sub-models: "
-                "it has no mean",
+                f"the output {node.name} is of type {meta_of(node).dtype} and differs between the "
+                "sub-models: it has no mean",
                 where=str(source_of(node)),
                 hint="return the scores that it is made from",
             )

@@ -14,7 +14,17 @@ from torch.utils import _pytree as pytree
 import graphsplit as gs
 from graphsplit.emission import ProgramModule
 from graphsplit.errors import UserError
-from laws import Step, assert_same_step, largest_difference, owned, step, tensors, uneven, wide
+from laws import (
+    Step,
+    assert_faithful,
+    assert_same_step,
+    largest_difference,
+    owned,
+    step,
+    tensors,
+    uneven,
+    wide,
+)
 from zoo import ZOO, call_of, traced
 
 MODELS = [
@@ -455,6 +465,40 @@ def test_parts_of_the_model_may_be_called_as_properties_of_the_module(layer: str
     assert torch.equal(module(x), model(x))
     assert torch.equal(copy.deepcopy(module)(x), model(x))
     assert module.graph_of("train").nodes
+
+
+KEYWORDS = [("lambda", "is"), ("in", "None"), ("0", "class"), ("print", "torch"), ("def-1", "import")]
+
+
+@pytest.mark.parametrize(("layer", "parameter"), KEYWORDS)
+def test_parts_of_the_model_may_be_called_as_words_of_python(layer: str, parameter: str) -> None:
+    model, x = Named(layer, parameter), torch.randn(3, 4)
+    assert_faithful(model, x)
+    part = gs.partition(model, (x,), k=2)
+    assert part.verify().ok
+    for module in (*part.submodels, part.merge(), part.fuse()):
+        module(x)
+    module = gs.emit(part.program)
+    assert module.state_dict().keys() == model.state_dict().keys()
+    assert torch.equal(copy.deepcopy(module)(x), model(x))
+    assert torch.equal(torch.compile(module, backend="eager", fullgraph=True)(x), model(x))
+    compile(module.code, "code", "exec")
+
+
+def test_modules_of_a_dictionary_may_be_called_as_words_of_python() -> None:
+    layers = nn.ModuleDict({"in": nn.Linear(4, 8), "is": nn.Linear(8, 8)})
+
+    class Chain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers, self.head = layers, nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.layers["is"](self.layers["in"](x).relu()).relu())
+
+    assert_faithful(Chain(), torch.randn(3, 4))
+    part = gs.partition(Chain(), torch.randn(3, 4), k=2)
+    assert part.verify().ok and part.submodels
 
 
 def test_a_part_called_as_a_method_of_the_module_is_refused() -> None:

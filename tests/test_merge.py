@@ -14,6 +14,7 @@ from graphsplit import plan as plan_module
 from graphsplit.analysis.kinds import Kind
 from graphsplit.errors import PartitionError
 from graphsplit.program import op_name
+from graphsplit.report import model_report
 from laws import largest_difference, owned, step, tensors, wide
 from zoo import traced
 
@@ -539,6 +540,8 @@ class Predicts(nn.Module):
 
 def test_outputs_without_a_mean_are_refused() -> None:
     part = gs.partition(Predicts(), features(), k=2)
+    notes = [note for note in model_report(part.analysis)["notes"] if "has no mean" in note]
+    assert len(notes) == 1 and notes[0].startswith("output[1] is of type torch.int64")
     scores, classes = part.submodels[0](features())
     assert torch.equal(classes, scores.argmax(-1))
     with pytest.raises(

@@ -26,7 +26,7 @@ import graphsplit as gs
 from graphsplit.errors import GraphsplitError, InputError, LoadError, TraceError, UnsupportedError, UserError
 from graphsplit.program import Program, Source, TensorMeta, op_name
 from graphsplit.signature import as_call
-from laws import assert_faithful, model_unchanged, owned, step
+from laws import assert_faithful, assert_same_step, model_unchanged, owned, step
 from zoo import ZOO, call_of, traced
 
 HERE = Path(__file__)
@@ -190,6 +190,23 @@ def test_branch_on_training_keeps_both_graphs(name: str) -> None:
     program = assert_faithful(TWO_GRAPHS[name](), (X,), (X5,))
     assert program.branches_on_training
     assert len(program.graphs) == 2
+
+
+NUMBERS: dict[str, Body] = {
+    "added": lambda s, h: h.relu() + (0.37 if s.training else 0.0),
+    "added, a whole number in eval": lambda s, h: h.relu() + (0.37 if s.training else 0),
+    "a factor": lambda s, h: h.relu() * (0.37 if s.training else 0.0),
+    "a flag as a factor": lambda s, h: h.relu() * s.training,
+    "a slope": lambda s, h: F.leaky_relu(h, 0.3 if s.training else 0.0),
+    "alpha": lambda s, h: torch.add(h, h.relu(), alpha=0.3 if s.training else 0.0),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_that_follow_the_mode(name: str) -> None:
+    model = Net(NUMBERS[name])
+    assert_faithful(model, (X,), (X5,))
+    assert gs.partition(model, X, k=2).verify().ok
 
 
 def test_auxiliary_head_gives_other_outputs_in_train() -> None:
@@ -609,6 +626,131 @@ def test_written_buffers(body: Body) -> None:
     module = gs.emit(program)
     module(X)
     assert not torch.equal(module.average, torch.ones(8, dtype=torch.float64))
+
+
+def copy_into(average: Tensor, mean: Tensor) -> None:
+    average.copy_(mean)
+
+
+def lerp_towards(average: Tensor, mean: Tensor) -> None:
+    average.lerp_(mean, 0.1)
+
+
+def scale_and_add(average: Tensor, mean: Tensor) -> None:
+    average.mul_(0.9).add_(mean, alpha=0.1)
+
+
+def set_one(average: Tensor, mean: Tensor) -> None:
+    average[-1] = mean.sum()
+
+
+def set_some(average: Tensor, mean: Tensor) -> None:
+    average[torch.tensor([1, 5])] = mean[:2]
+
+
+def set_slice_of_view(average: Tensor, mean: Tensor) -> None:
+    average.view(2, 4)[1, 1:] = mean[5:]
+
+
+def add_out(average: Tensor, mean: Tensor) -> None:
+    torch.add(average, mean, out=average)
+
+
+def copy_twice(average: Tensor, mean: Tensor) -> None:
+    average.copy_(mean)
+    average.copy_(average * mean)
+
+
+def fill(average: Tensor, mean: Tensor) -> None:
+    average.add_(1.0)
+
+
+WHOLE_WRITES = [copy_into, lerp_towards, scale_and_add, add_out, copy_twice]
+WRITES = [*WHOLE_WRITES, set_one, set_some, set_slice_of_view, fill]
+
+
+def in_no_grad(write: Callable[[Tensor, Tensor], None]) -> Body:
+    def body(self: Any, h: Tensor) -> Tensor:
+        h = h.relu()
+        seen = h + self.average
+        with torch.no_grad():
+            write(self.average, h.mean(0))
+        return seen * self.average
+
+    return body
+
+
+def in_no_grad_function(write: Callable[[Tensor, Tensor], None]) -> Body:
+    def body(self: Any, h: Tensor) -> Tensor:
+        seen = h.relu() + self.average
+        torch.no_grad()(write)(self.average, h.mean(0))
+        return seen
+
+    return body
+
+
+def in_no_grad_by_call(write: Callable[[Tensor, Tensor], None]) -> Body:
+    def body(self: Any, h: Tensor) -> Tensor:
+        seen = h.relu() + self.average
+        torch.set_grad_enabled(False)
+        write(self.average, h.mean(0))
+        torch.set_grad_enabled(True)
+        return seen
+
+    return body
+
+
+def through_detach(write: Callable[[Tensor, Tensor], None]) -> Body:
+    def body(self: Any, h: Tensor) -> Tensor:
+        seen = h.relu() + self.average
+        write(self.average.detach(), h.mean(0))
+        return seen
+
+    return body
+
+
+def assert_same_steps(found: nn.Module, expected: nn.Module) -> None:
+    """Two steps of training, of which the second meets what the first left in the buffers."""
+    for number in range(2):
+        found.zero_grad()
+        expected.zero_grad()
+        assert_same_step(step(found, as_call(X5)), step(expected, as_call(X5)), f" in step {number}")
+        flags = {name: buffer.requires_grad for name, buffer in expected.named_buffers()}
+        assert flags.items() <= {name: buffer.requires_grad for name, buffer in found.named_buffers()}.items()
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("around", [in_no_grad, in_no_grad_function, in_no_grad_by_call, through_detach])
+def test_buffers_written_without_gradient(around: Callable[[Any], Body], write: Any) -> None:
+    # What is in the buffer must not hold on to the graph of the step that wrote it.
+    model = Net(around(write), average=torch.ones(8))
+    if around is through_detach and write is add_out:
+        pytest.skip("torch has no gradient of out=")
+    assert_same_steps(emitted(model, X), copy.deepcopy(model))
+
+
+@pytest.mark.parametrize("write", WHOLE_WRITES)
+def test_parts_of_models_that_write_buffers_without_gradient(write: Any) -> None:
+    parts = gs.partition(Net(in_no_grad(write), average=torch.ones(8)), X, k=2)
+    fused = parts.fuse()
+    for number in range(2):
+        for module in (*parts.submodels, fused):
+            step(module, as_call(X5))
+            assert not any(buffer.requires_grad for buffer in module.buffers())
+        for found, own in zip(fused.state_dicts(), parts.submodels, strict=True):
+            for name, buffer in own.named_buffers():
+                torch.testing.assert_close(found[name], buffer, msg=f"{name} in step {number}")
+
+
+def test_gradient_in_a_buffer_stays_that_of_the_model() -> None:
+    def body(self: Any, h: Tensor) -> Tensor:
+        self.average.copy_(h.mean(0))
+        return h + self.average
+
+    model = Net(body, average=torch.ones(8))
+    module = emitted(model, X)
+    assert_same_step(step(module, as_call(X5)), step(own := copy.deepcopy(model), as_call(X5)))
+    assert module.average.requires_grad and own.average.requires_grad
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1099,6 +1241,73 @@ def test_custom_autograd_function_is_refused(name: str) -> None:
     assert caught.value.where and str(HERE) in caught.value.where
 
 
+def reversed_by_hook(self: Any, h: Tensor) -> Tensor:
+    h = h * 1
+    h.register_hook(lambda gradient: -gradient)
+    return h
+
+
+def frozen_in_forward(self: Any, h: Tensor) -> Tensor:
+    self.fc2.weight.requires_grad_(False)
+    return h
+
+
+def own_generator(self: Any, h: Tensor) -> Tensor:
+    return h + torch.rand(8, generator=torch.Generator().manual_seed(0), dtype=h.dtype)
+
+
+LOST: dict[str, tuple[Body, str, bool]] = {
+    "hook on a tensor": (reversed_by_hook, r"Tensor\.register_hook", True),
+    "requires_grad_": (frozen_in_forward, r"requires_grad of the parameter fc2\.weight", False),
+    "generator": (own_generator, "Generator", True),
+    "vmap": (lambda s, h: torch.vmap(lambda row: row * row.sum())(h), r"torch\.vmap", True),
+    "grad": (lambda s, h: torch.func.grad(lambda r: (r**2).sum())(h), r"torch\.func", True),
+}
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_what_the_tracer_would_lose_is_refused_by_name(name: str) -> None:
+    body, words, has_place = LOST[name]
+    model = Net(body)
+    with pytest.raises(UserError, match=words) as caught:
+        gs.trace(model, X)
+    assert caught.value.hint
+    assert not has_place or (caught.value.where and str(HERE) in caught.value.where)
+    (X * 1).requires_grad_().register_hook(lambda gradient: gradient)  # works as before
+    assert model.fc2.weight.requires_grad
+
+
+def test_vmap_whose_result_is_dropped_is_none_of_the_program() -> None:
+    def body(self: Any, h: Tensor) -> Tensor:
+        torch.vmap(torch.sum)(h)
+        return h
+
+    assert_faithful(Net(body), (X,), (X5,))
+
+
+def test_hooks_on_gradients_are_refused_by_name() -> None:
+    model = Net(lambda s, h: h)
+    handle = model.fc2.register_full_backward_hook(lambda *_: None)
+    with pytest.raises(TraceError, match=r"fc2 has a backward hook.*register_full_backward_hook"):
+        gs.trace(model, X)
+    handle.remove()
+    for name in ("register_hook", "register_post_accumulate_grad_hook"):
+        handle = getattr(model.fc1.weight, name)(lambda _: None)
+        with pytest.raises(TraceError, match=r"fc1\.weight has a hook"):
+            gs.trace(model, X)
+        handle.remove()
+    gs.trace(model, X)
+
+
+def test_torchscript_in_a_model_is_named() -> None:
+    model = Net(lambda s, h: s.inner(h), inner=nn.Sequential(nn.Linear(8, 8), nn.ReLU()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.inner = torch.jit.script(model.inner)
+    with pytest.raises(TraceError, match="TorchScript"):
+        gs.trace(model, X)
+
+
 def test_checkpoint_is_traced() -> None:
     assert_faithful(Net(lambda s, h: checkpoint(torch.tanh, h, use_reentrant=False)), (X,), (X5,))
 
@@ -1411,6 +1620,46 @@ def test_every_operation_knows_where_it_comes_from(name: str) -> None:
                 continue
             assert isinstance(source, Source) and source.file and source.line, f"{node.name} of {name}"
             assert "/torch/" not in source.file and "/graphsplit/" not in source.file
+
+
+class OtherName(Branches):
+    def compute(self, x: Tensor, *, factor: float = 2.0) -> Tensor:
+        return self.fc(x * factor).exp()  # the line of another name
+
+    forward = compute
+
+
+def patched(model: Branches) -> Branches:
+    def compute(x: Tensor) -> Tensor:
+        return model.fc(x * 2.0).exp()  # the line of a patch
+
+    model.forward = compute  # type: ignore[method-assign]
+    return model
+
+
+def by_lambda(model: Branches) -> Branches:
+    model.forward = lambda x: model.fc(x * 2.0).exp()  # the line of a lambda
+    return model
+
+
+FORWARDS: dict[str, Callable[[], nn.Module]] = {
+    "another name": OtherName,
+    "a patch": lambda: patched(Branches()),
+    "a lambda": lambda: by_lambda(Branches()),
+}
+
+
+@pytest.mark.parametrize("name", FORWARDS)
+def test_nodes_know_the_line_of_a_forward_of_another_name(name: str) -> None:
+    model = FORWARDS[name]()
+    before = vars(model).get("forward")
+    program = gs.trace(model, X.float())
+    assert vars(model).get("forward") is before
+    sources = [
+        node.meta["source"] for node in program.nodes() if op_name(node) in ("mul.Tensor", "exp.default")
+    ]
+    assert {(source.file, source.line) for source in sources} == {(str(HERE), line_of(f"the line of {name}"))}
+    assert torch.equal(gs.emit(program)(X.float()), model(X.float()))
 
 
 @pytest.mark.parametrize("name", ["resnet_basic", "swin", "hub_llama"])

@@ -18,7 +18,7 @@ from graphsplit.analysis.validity import require_valid
 from graphsplit.errors import PartitionError
 from graphsplit.graphs import node_arg
 from graphsplit.plan import AxisPlan, Merge, PartitionPlan, StatePlan, encode_ranges
-from graphsplit.program import TRAINING, Program, StateEntry, op_name, source_of
+from graphsplit.program import TRAINING, Program, StateEntry, TensorMeta, op_name, source_of
 
 aten = torch.ops.aten
 
@@ -65,6 +65,15 @@ class Analysis:
     divided: frozenset[fx.Node]
     kept_whole: tuple[str, ...]
     lowered: dict[int, Lowered] = field(default_factory=dict, repr=False, compare=False)
+
+    def lacks_mean(self, node: fx.Node) -> bool:
+        """Does an output differ between sub-models, and is of whole numbers or flags, which have no mean?"""
+        meta = node.meta.get("value")
+        return (
+            self.kinds.kind[node] is Kind.OWN
+            and isinstance(meta, TensorMeta)
+            and not (meta.dtype.is_floating_point or meta.dtype.is_complex)
+        )
 
 
 def analyse(

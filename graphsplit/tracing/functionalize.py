@@ -184,6 +184,7 @@ class Functionalizer:
     roots: dict[fx.Node, str] = field(default_factory=dict)  # state placeholder -> name
     source: Source = field(default_factory=Source)
     differentiable: set[fx.Node] = field(default_factory=set)  # exported nodes through which gradients flow
+    parameter_names: set[str] = field(default_factory=set)
     grad_enabled: bool = True
     _inside_region: bool = False  # a no_grad region whose results are detached when it ends
 
@@ -275,6 +276,8 @@ class Functionalizer:
         """Make ``value`` the current value of an exported node and of everything that shares its memory."""
         if op_name(node) == "detach.default" or not self.grad_enabled:
             self._refuse_hidden_write(node)
+        if not self.grad_enabled:
+            value = self._without_gradient(value)
         if node in self.parents:
             parent = self.parents[node]
             base = self.read(parent)
@@ -286,7 +289,8 @@ class Functionalizer:
                 inverse = INVERSES.get(op_name(node))
                 if inverse is None:
                     raise self._no_inverse(op_name(node))
-                back = inverse(self, node, base, value)
+                quiet = op_name(node) == "detach.default"
+                back = inverse(self, node, base, self._without_gradient(value) if quiet else value)
             self.write(parent, back)
         else:
             self.versions[node] = self.versions.get(node, 0) + 1
@@ -331,12 +335,21 @@ class Functionalizer:
             position = sum(other.op == "placeholder" for other in self.graph.nodes)
             new = self.graph.placeholder(self.input_names[position])
             new.target = new.name  # generated code calls its argument by this
+        elif spec.kind == InputKind.CUSTOM_OBJ:
+            kind = type(self.exported.constants.get(spec.target)).__name__
+            users = [source_from_meta(user.meta, self.strip) for user in node.users]
+            raise UnsupportedError(
+                f"forward makes or holds a {kind}, which is no tensor: programs hold none",
+                where=next((str(source) for source in users if source.file), None),
+                hint="draw random numbers without a generator of your own (torch.manual_seed sets them)",
+            )
         else:
             name = self.strip(spec.target)
             new = state_node(self.graph, name) or self.graph.create_node("get_attr", name)
             self.roots[node] = name
             if spec.kind == InputKind.PARAMETER:
                 self.differentiable.add(node)
+                self.parameter_names.add(name)
         new.meta["value"] = value_of(node)
         self.values[node] = new
 
@@ -393,9 +406,28 @@ class Functionalizer:
 
     def _detached(self, value: fx.Node) -> fx.Node:
         meta = value.meta.get("value")
-        if isinstance(meta, TensorMeta) and meta.dtype.is_floating_point:
+        if isinstance(meta, TensorMeta) and _is_float(meta):
             return self.emit(aten.detach.default, (value,), value.meta)
         return value
+
+    def _without_gradient(self, value: fx.Node) -> fx.Node:
+        """A value as it is written where autograd does not look: detached, if a gradient flows through it."""
+        return self._detached(value) if self._has_gradient(value) else value
+
+    def _has_gradient(self, value: fx.Node) -> bool:
+        """May a gradient flow through a node of the new graph, to an input or to a parameter?"""
+        seen, rest = {value}, [value]
+        while rest:
+            node = rest.pop()
+            meta = node.meta["value"]
+            if node.target is aten.detach.default or (isinstance(meta, TensorMeta) and not _is_float(meta)):
+                continue
+            if node.op == "placeholder" or (node.op == "get_attr" and node.target in self.parameter_names):
+                return True
+            new = set(node.all_input_nodes) - seen
+            seen |= new
+            rest += new
+        return False
 
     def _in_place(self, node: fx.Node) -> None:
         """``x.op_(...)`` becomes ``y = op(x, ...)``, and whoever reads x afterwards reads y."""
@@ -533,6 +565,11 @@ class Functionalizer:
             self.fresh[node] = self.versions.get(self.root(value), 0)
         else:
             self.values[node] = value
+
+
+def _is_float(meta: TensorMeta) -> bool:
+    """Can a tensor have a gradient?"""
+    return meta.dtype.is_floating_point or meta.dtype.is_complex
 
 
 def _only_checked(node: fx.Node) -> bool:

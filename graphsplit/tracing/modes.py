@@ -136,7 +136,7 @@ class _Comparison:
             )
         if type(ours) is type(theirs) and (ours == theirs or (ours != ours and theirs != theirs)):
             return True
-        if user is None or place is None:
+        if user is None or place is None or not _is_setting(user, place):
             return False
         if ours is True and theirs is False:
             self.switches.append((user, place, True))
@@ -172,6 +172,15 @@ def _arguments(node: fx.Node) -> dict[Any, Any]:
             if place not in places and argument.has_default_value():
                 places[place] = argument.default_value
     return places
+
+
+def _is_setting(node: fx.Node, place: Any) -> bool:
+    """Is an argument a flag or a rate, and no operand of arithmetic (``h + 0.5``)?"""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    arguments = node.target._schema.arguments
+    found = arguments[place] if isinstance(place, int) else next(a for a in arguments if a.name == place)
+    return str(found.type) in ("bool", "float")
 
 
 def _guard_writes(train: FunctionalGraph, evaluation: FunctionalGraph, comparison: _Comparison) -> bool:

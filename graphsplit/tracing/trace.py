@@ -32,6 +32,16 @@ from graphsplit.program import Program, StateEntry, check, meta_of
 from graphsplit.signature import SCALARS, Outputs, Signature, as_call, leaf_names
 from graphsplit.tracing.functionalize import Functionalizer
 from graphsplit.tracing.modes import finish, merge_modes
+from graphsplit.tracing.provenance import named_forward
+from graphsplit.tracing.refusals import (
+    custom_functions_refused,
+    gradients_as_computed,
+    place,
+    refuse_hooks,
+    refuse_transforms,
+    user_frames,
+    way_out,
+)
 from graphsplit.untouched import set_tensors, untouched
 
 _PREFIX = "model"
@@ -302,7 +312,8 @@ class _Flat(nn.Module):
         args, kwargs = self.call.unflatten(tensors)
         model = getattr(self, _PREFIX)
         buffers, attributes = dict(model.named_buffers(remove_duplicate=False)), _attributes(model)
-        result = model(*args, **kwargs)
+        with gradients_as_computed(model):
+            result = model(*args, **kwargs)
         _write_assigned_buffers(model, buffers)
         self.recorder.changed = tuple(_changed(attributes, _attributes(model)))
         if dataclasses.is_dataclass(result) and type(result) not in pytree.SUPPORTED_NODES:
@@ -392,52 +403,20 @@ def _distributions_unchecked() -> Iterator[None]:
         torch.distributions.Distribution.set_default_validate_args(checked)
 
 
-@contextmanager
-def _custom_functions_refused() -> Iterator[None]:
-    """Refuse custom `torch.autograd.Function` by name: torch.export silently drops their backward."""
-    function: Any = torch.autograd.Function
-    original = function.__dict__["apply"]
-
-    def refuse(cls: type, *args: Any, **kwargs: Any) -> Any:
-        raise TraceError(
-            f"the model calls the custom torch.autograd.Function {cls.__name__}, "
-            "whose backward torch.export loses",
-            where=_place(_user_frames(traceback.extract_stack())),
-            hint="write it with ordinary ops, register it by torch.library.custom_op with a backward, "
-            "or for checkpointing use use_reentrant=False",
-        )
-
-    function.apply = classmethod(refuse)
-    try:
-        yield
-    finally:
-        function.apply = original
-
-
-def _user_frames(frames: Sequence[traceback.FrameSummary]) -> Sequence[traceback.FrameSummary]:
-    """Frames of code that is neither torch's nor ours."""
-    return [f for f in frames if "/torch/" not in f.filename and "/graphsplit/" not in f.filename]
-
-
-def _place(frames: Sequence[traceback.FrameSummary]) -> str | None:
-    """File, line and code of the innermost frame."""
-    if not frames:
-        return None
-    return f"{frames[-1].filename}:{frames[-1].lineno} `{frames[-1].line}`"
-
-
 def _export(model: nn.Module, call: _Call, dynamic: Mapping[str, tuple[int, ...]] | None) -> _Exported:
+    refuse_hooks(model)
     flat = _Flat(model, call)
     shapes = []
     for tensor, name in zip(call.tensors, call.names, strict=True):
         dims = (dynamic or {}).get(name, (0,))
         shapes.append({dim: ExportDim.AUTO for dim in dims if dim < tensor.dim()})
-    with warnings.catch_warnings(), _quiet(), _custom_functions_refused(), _distributions_unchecked():
+    with warnings.catch_warnings(), _quiet(), custom_functions_refused(), _distributions_unchecked():
         warnings.simplefilter("ignore")
         try:
-            exported = torch.export.export(
-                flat, call.tensors, strict=False, dynamic_shapes={"tensors": tuple(shapes)}
-            )
+            with named_forward(model):
+                exported = torch.export.export(
+                    flat, call.tensors, strict=False, dynamic_shapes={"tensors": tuple(shapes)}
+                )
         except GraphsplitError:
             raise
         except Exception as error:
@@ -481,7 +460,7 @@ def _explain(model: nn.Module, call: _Call, error: Exception) -> GraphsplitError
         frames = traceback.extract_tb(own.__traceback__)
         failure = InputError(
             f"the model fails on the example inputs with {type(own).__name__}: {own}",
-            where=_place(_user_frames(frames)),
+            where=place(user_frames(frames)),
             hint="check that the example inputs fit the model",
         )
         failure.__cause__ = own
@@ -491,9 +470,8 @@ def _explain(model: nn.Module, call: _Call, error: Exception) -> GraphsplitError
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return TraceError(
         f"torch.export cannot trace the model: {reason}",
-        where=_place(_user_frames(traceback.extract_tb(error.__traceback__))),
-        hint="control flow that depends on tensor values has to become torch.where or torch.cond, "
-        "or move out of the part to be split",
+        where=place(user_frames(traceback.extract_tb(error.__traceback__))),
+        hint=way_out(model, error),
     )
 
 
@@ -517,6 +495,7 @@ def _assemble(
     else:
         graphs = (finish(functional[0]), finish(functional[1]))
         outputs = (train[1], evaluation[1])
+    refuse_transforms(graphs)
     notes = list(call.notes)
     notes += [f"{name} is no tensor and was left out of the outputs" for name in train[2].left_out]
     if changed := ", ".join(dict.fromkeys((*train[2].changed, *evaluation[2].changed))):
