@@ -28,7 +28,8 @@ import torch
 from onnx_ir.passes.common import InlinePass
 from torch import Tensor, fx
 
-from graphsplit.analysis.kinds import CLOSING, MOVES, closing_nodes
+from graphsplit.analysis.inference import MOVES
+from graphsplit.analysis.kinds import CLOSING, closing_nodes
 from graphsplit.errors import InputError, UnsupportedError
 from graphsplit.graphs import node_arg
 from graphsplit.onnx_export import (

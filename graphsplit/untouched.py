@@ -50,6 +50,19 @@ def untouched(model: nn.Module) -> Iterator[None]:
             function.cache_clear()
 
 
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, each by its first name."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def copies_of(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of parameters and buffers, as leaves."""
+    return {
+        name: tensor.detach().clone().requires_grad_(tensor.requires_grad)
+        for name, tensor in tensors_of(model).items()
+    }
+
+
 def set_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Put tensors in the place of parameters and buffers, at all their names, inside of `untouched`."""
     named = (

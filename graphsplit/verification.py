@@ -20,7 +20,7 @@ from graphsplit.program import Mode, Program, TensorMeta
 from graphsplit.retarget import retarget_graph, without_noise
 from graphsplit.signature import Outputs, Signature, as_call
 from graphsplit.tracing import trace
-from graphsplit.untouched import set_tensors, untouched
+from graphsplit.untouched import copies_of, set_tensors, untouched
 
 aten = torch.ops.aten
 
@@ -359,7 +359,7 @@ class _Called(NamedTuple):
 
 
 def _called(model: nn.Module, call: Any, mode: Mode) -> _Called:
-    leaves = {name: _leaf(value) for name, value in (*model.named_parameters(), *model.named_buffers())}
+    leaves = copies_of(model)
     args, kwargs = pytree.tree_map(_own, call)
     with untouched(model):
         set_tensors(model.train(mode == "train"), leaves)
@@ -372,10 +372,6 @@ def _as_traced(signature: Signature, example: Example) -> Any:
     found = iter(flat_inputs(signature, example))
     call = (example.args, example.kwargs)
     return pytree.tree_map_only(Tensor, lambda tensor: next(found).to(tensor.device, tensor.dtype), call)
-
-
-def _leaf(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
 def _kept(outputs: Outputs, expected: Any) -> list[Any]:

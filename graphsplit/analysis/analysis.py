@@ -12,13 +12,13 @@ from graphsplit.analysis.assignment import Assignment, assign
 from graphsplit.analysis.dealing import Dealer, contiguous
 from graphsplit.analysis.facts import argument
 from graphsplit.analysis.inference import Inference, infer, state_factors
-from graphsplit.analysis.kinds import Kind, Kinds, classify
+from graphsplit.analysis.kinds import Kind, Kinds, classify, has_mean
 from graphsplit.analysis.layout import Layout, Layouts
 from graphsplit.analysis.validity import require_valid
 from graphsplit.errors import PartitionError
 from graphsplit.graphs import node_arg
 from graphsplit.plan import AxisPlan, Merge, PartitionPlan, StatePlan, encode_ranges
-from graphsplit.program import TRAINING, Program, StateEntry, TensorMeta, op_name, source_of
+from graphsplit.program import TRAINING, Program, StateEntry, op_name, source_of
 
 aten = torch.ops.aten
 
@@ -68,12 +68,7 @@ class Analysis:
 
     def lacks_mean(self, node: fx.Node) -> bool:
         """Does an output differ between sub-models, and is of whole numbers or flags, which have no mean?"""
-        meta = node.meta.get("value")
-        return (
-            self.kinds.kind[node] is Kind.OWN
-            and isinstance(meta, TensorMeta)
-            and not (meta.dtype.is_floating_point or meta.dtype.is_complex)
-        )
+        return self.kinds.kind[node] is Kind.OWN and not has_mean(node)
 
 
 def analyse(

@@ -21,11 +21,14 @@ from graphsplit.program import TRAINING, Dim, Program, TensorMeta, op_name, sour
 aten = torch.ops.aten
 
 LARGEST_CONSTANT = 1 << 20
+MOVES = {
+    "view.default", "reshape.default", "flatten.using_ints", "squeeze.dim", "squeeze.default",
+    "unsqueeze.default", "permute.default", "transpose.int", "alias.default", "clone.default",
+    "contiguous.default",
+}  # fmt: skip
 CUTS = {"slice.Tensor", "select.int", "narrow.default"}
-MOVES = CUTS | {
-    "alias.default", "clone.default", "contiguous.default", "detach.default", "expand.default",
-    "permute.default", "reshape.default", "squeeze.default", "squeeze.dim", "squeeze.dims", "t.default",
-    "to.dtype", "transpose.int", "unsqueeze.default", "view.default", "_to_copy.default",
+PASSED_ON = MOVES | CUTS | {
+    "detach.default", "expand.default", "squeeze.dims", "t.default", "to.dtype", "_to_copy.default",
 }  # fmt: skip
 KNOWN = {torch.bool, torch.int32, torch.int64, torch.float32, torch.float64}
 
@@ -213,13 +216,13 @@ class Inference:
         stack = [node for node in self.program.nodes() if node.op == "get_attr" and node.target == name]
         while stack:
             node = stack.pop()
-            moves = [user for user in node.users if op_name(user) in MOVES]
-            if len(moves) < len(node.users):
+            passed = [user for user in node.users if op_name(user) in PASSED_ON]
+            if len(passed) < len(node.users):
                 if node.op == "get_attr":
                     return
                 read += self.factors(node)
-            stack += moves
-            cuts += [user for user in moves if op_name(user) in CUTS]
+            stack += passed
+            cuts += [user for user in passed if op_name(user) in CUTS]
         if not cuts:
             return
         seen = np.unique(np.concatenate([np.zeros(1, np.int64), *(ids.ravel() for ids in read)]))

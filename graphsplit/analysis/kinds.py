@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from graphsplit.analysis.facts import Facts
-from graphsplit.analysis.inference import Inference, output_nodes
+from graphsplit.analysis.inference import MOVES, Inference, output_nodes
 from graphsplit.analysis.layout import Layout, Layouts
 from graphsplit.graphs import node_arg
 from graphsplit.program import TensorMeta, op_name
@@ -33,11 +33,6 @@ class Kind(enum.Enum):
 
 
 CLOSING = {"softmax.int", "log_softmax.int", "_softmax.default", "_log_softmax.default", "sigmoid.default"}
-MOVES = {
-    "view.default", "reshape.default", "flatten.using_ints", "squeeze.dim", "squeeze.default",
-    "unsqueeze.default", "permute.default", "transpose.int", "alias.default", "clone.default",
-    "contiguous.default",
-}  # fmt: skip
 
 
 def closing_nodes(graph: fx.Graph) -> set[fx.Node]:
@@ -134,7 +129,7 @@ def _linear_to_outputs(
     for node in reversed(graph.nodes):
         if node.op == "output" or node in refused:
             continue
-        fits = bool(node.users) and _has_mean(node)
+        fits = bool(node.users) and has_mean(node)
         for user in node.users:
             if user.op == "output":
                 continue
@@ -148,7 +143,7 @@ def _linear_to_outputs(
     return good
 
 
-def _has_mean(node: fx.Node) -> bool:
+def has_mean(node: fx.Node) -> bool:
     """False for whole numbers and truth values, of which there is no mean of the same type."""
     value = node.meta.get("value")
     tensors = [x for x in (value if isinstance(value, tuple) else (value,)) if isinstance(x, TensorMeta)]
@@ -205,7 +200,7 @@ def _as_mean(kinds: Kinds, node: fx.Node, facts: Facts, own: list[fx.Node], mixe
     if not sums:
         # Of values that each sub-model has of other units there is no mean, only of what is taken of them.
         divided = any(layout.active for operand in own for layout in layouts_of(kinds, operand))
-        linear = all(operand in facts.linear and _has_mean(operand) for operand in own)
+        linear = all(operand in facts.linear and has_mean(operand) for operand in own)
         return bool(own) and linear and not divided
     weights = [
         w for w in node.all_input_nodes if isinstance(kinds.layout.get(w), Layout) and w.op == "get_attr"

@@ -1,4 +1,4 @@
-"""What torch.export would lose without a word: hooks on gradients, changed flags, function transforms."""
+"""What torch.export would lose without a word: hooks, changed flags, transforms, modes that write."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from graphsplit.errors import TraceError
+from graphsplit.errors import TraceError, UnsupportedError
 from graphsplit.program import source_of
+from graphsplit.untouched import copies_of, set_tensors, tensors_of, untouched
 
 _HOOKS = ("register_hook", "register_post_accumulate_grad_hook")
 _TRANSFORMS = tuple(f"/torch/_functorch/{name}.py" for name in ("apis", "eager_transforms", "vmap"))
@@ -45,6 +46,25 @@ def refuse_hooks(model: nn.Module) -> None:
             raise TraceError(
                 f"the parameter {name} has a hook on its gradient, which torch.export loses", hint=_ASIDE
             )
+
+
+def refuse_modes_that_write(model: nn.Module) -> None:
+    """Where ``train()`` or ``eval()`` adds one weight to another, the modes have models of other weights."""
+    for path, module in model.named_modules():
+        if type(module).train is nn.Module.train and type(module).eval is nn.Module.eval:
+            continue
+        with untouched(module):
+            own, copies = tensors_of(module), copies_of(module)
+            set_tensors(module, copies)
+            for mode in (not module.training, module.training):
+                module.train(mode)
+                for name, tensor in copies.items():
+                    if not tensor.is_meta and not torch.equal(tensor.detach(), own[name].detach()):
+                        raise UnsupportedError(
+                            f"{type(module).__name__}.train({mode}) writes to {name}",
+                            where=f"module {path}" if path else None,
+                            hint="switch it off (loralib: merge_weights=False), or merge weights for good",
+                        )
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from torch.export import Dim as ExportDim
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from graphsplit.errors import GraphsplitError, InputError, LoadError, TraceError, UnsupportedError
+from graphsplit.errors import GraphsplitError, InputError, LoadError, TraceError
 from graphsplit.program import Program, StateEntry, check, meta_of
 from graphsplit.signature import SCALARS, Outputs, Signature, as_call, leaf_names
 from graphsplit.tracing.functionalize import Functionalizer
@@ -38,11 +38,12 @@ from graphsplit.tracing.refusals import (
     gradients_as_computed,
     place,
     refuse_hooks,
+    refuse_modes_that_write,
     refuse_transforms,
     user_frames,
     way_out,
 )
-from graphsplit.untouched import set_tensors, untouched
+from graphsplit.untouched import copies_of, set_tensors, tensors_of, untouched
 
 _PREFIX = "model"
 _LOGGERS = (
@@ -120,7 +121,7 @@ def _check_dynamic(call: _Call, dynamic: Mapping[str, tuple[int, ...]]) -> None:
 def _trace(model: nn.Module, call: _Call, dynamic: Mapping[str, tuple[int, ...]] | None) -> Program:
     """`trace` of flattened example inputs, in train and in eval mode."""
 
-    _refuse_modes_that_write(model)
+    refuse_modes_that_write(model)
 
     def exported() -> Program:
         exports = []
@@ -165,36 +166,8 @@ def _changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _refuse_modes_that_write(model: nn.Module) -> None:
-    """Where ``train()`` or ``eval()`` adds one weight to another, the modes have models of other weights."""
-    for path, module in model.named_modules():
-        if type(module).train is nn.Module.train and type(module).eval is nn.Module.eval:
-            continue
-        with untouched(module):
-            copies = _copies(module)
-            before = {name: tensor.detach().clone() for name, tensor in copies.items()}
-            set_tensors(module, copies)
-            for mode in (not module.training, module.training):
-                module.train(mode)
-                for name, tensor in copies.items():
-                    if not tensor.is_meta and not torch.equal(tensor.detach(), before[name]):
-                        raise UnsupportedError(
-                            f"{type(module).__name__}.train({mode}) writes to {name}",
-                            where=f"module {path}" if path else None,
-                            hint="switch it off (loralib: merge_weights=False), or merge weights for good",
-                        )
-
-
-def _copies(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of parameters and buffers."""
-    return {
-        name: tensor.detach().clone().requires_grad_(tensor.requires_grad)
-        for name, tensor in (*model.named_parameters(), *model.named_buffers())
-    }
-
-
 class _ShapesAfterTheFirstCall(Exception):
-    """torch.export takes a new value of a buffer for a write to it, which cannot change a shape."""
+    """Forward gives a buffer a value that cannot be written to it."""
 
 
 @dataclass(frozen=True)
@@ -346,13 +319,19 @@ class _Flat(nn.Module):
 
 def _write_assigned_buffers(model: nn.Module, before: Mapping[str, Tensor]) -> None:
     """A buffer that forward assigns anew (``self.mean = ...``) is written: export would lose it."""
+    other_shapes = []
     for name, old in before.items():
         path, _, leaf = name.rpartition(".")
         owner = model.get_submodule(path)
         new = owner._buffers.get(leaf)
         if new is not None and new is not old:
-            old.copy_(new.detach())
+            try:
+                old.copy_(new.detach())
+            except RuntimeError:
+                other_shapes.append(name)
             owner._buffers[leaf] = old
+    if other_shapes:
+        raise _ShapesAfterTheFirstCall(" and ".join(other_shapes))
 
 
 def _is_wanted(name: str, wanted: Sequence[str]) -> bool:
@@ -417,7 +396,7 @@ def _export(model: nn.Module, call: _Call, dynamic: Mapping[str, tuple[int, ...]
                 exported = torch.export.export(
                     flat, call.tensors, strict=False, dynamic_shapes={"tensors": tuple(shapes)}
                 )
-        except GraphsplitError:
+        except (GraphsplitError, _ShapesAfterTheFirstCall):
             raise
         except Exception as error:
             raise _explain(model, call, error) from error
@@ -437,25 +416,23 @@ def _export(model: nn.Module, call: _Call, dynamic: Mapping[str, tuple[int, ...]
     return exported, seen.outputs, seen
 
 
-def _run_once(model: nn.Module, call: _Call) -> list[str]:
-    """Leave the model as after a first call, but for values of buffers; name those of another shape."""
-    before = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    copies = _copies(model)
+def _run_once(model: nn.Module, call: _Call) -> None:
+    """Leave the model as after a first call, but for what is written into its tensors."""
+    before, copies = tensors_of(model), copies_of(model)
     set_tensors(model, copies)
     args, kwargs = call.unflatten(call.tensors)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.eval()(*args, **kwargs)
-    after = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    after = tensors_of(model)
     set_tensors(model, {name: before[name] for name, copied in copies.items() if after.get(name) is copied})
-    return [name for name in before if name in after and after[name].shape != before[name].shape]
 
 
-def _explain(model: nn.Module, call: _Call, error: Exception) -> GraphsplitError | _ShapesAfterTheFirstCall:
+def _explain(model: nn.Module, call: _Call, error: Exception) -> GraphsplitError:
     """Tell the user's own error from torch.export's refusal: run the model once."""
     try:
         with untouched(model):
-            replaced = _run_once(model, call)
+            _run_once(model, call)
     except Exception as own:
         frames = traceback.extract_tb(own.__traceback__)
         failure = InputError(
@@ -465,8 +442,6 @@ def _explain(model: nn.Module, call: _Call, error: Exception) -> GraphsplitError
         )
         failure.__cause__ = own
         return failure
-    if replaced:
-        return _ShapesAfterTheFirstCall(" and ".join(replaced))
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return TraceError(
         f"torch.export cannot trace the model: {reason}",
