@@ -6,12 +6,11 @@ import functools
 import hashlib
 import multiprocessing
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from graphsplit.emission import emit
 from graphsplit.errors import UserError
 from graphsplit.program import Program
 from graphsplit.scaling.analysis import Claim, Curve, claims, curves
-from graphsplit.scaling.plan import Cell, Decay, OptimizerName, Plan, Trial, fewest
+from graphsplit.scaling.plan import Cell, Decay, OptimizerName, Plan, Trial, fewest, how_far
 from graphsplit.scaling.records import Records
 from graphsplit.scaling.report import write_report
 from graphsplit.signature import as_call
@@ -181,48 +180,48 @@ def study(
     # By their place among all cells, as processes may look at the folder at different times.
     own = [cell for cell in plan.cells()[rank::world] if len(records.finished(cell, trials)) < trials]
     jobs = [(task, masks[cell.sparsity], plan, cell, fused, folder) for cell in own]
-    wanted = (os.cpu_count() or 1) if processes is None else processes
-    if wanted <= 1 or len(jobs) <= 1:
-        for job in jobs:
-            line = _run_cell(*job)
-            if on_cell is not None:
-                on_cell(line)
-    else:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(wanted, len(jobs)), context, initializer=_one_thread) as pool:
-            try:
-                for line in pool.map(_run_packed, jobs):
-                    if on_cell is not None:
-                        on_cell(line)
-            except BrokenProcessPool as error:
-                raise UserError(
-                    "a process of the study ended before its trials did; what is finished is kept",
-                    hint='let the script start it below `if __name__ == "__main__":`, as every process reads '
-                    "the script, or give processes=1",
-                ) from error
+    for line in _run_cells(jobs, (os.cpu_count() or 1) if processes is None else processes):
+        if on_cell is not None:
+            on_cell(line)
     return Study(records)
+
+
+_Job = tuple[Task, Mapping[str, Tensor], Plan, Cell, int, str | Path]
+
+
+def _run_cells(jobs: Sequence[_Job], processes: int) -> Iterator[str]:
+    """A line for each cell, in their order."""
+    if processes <= 1 or len(jobs) <= 1:
+        yield from map(_run_cell, jobs)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(processes, len(jobs)), context, initializer=_one_thread) as pool:
+        try:
+            yield from pool.map(_run_cell, jobs)
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a process of the study ended before its trials did; what is finished is kept",
+                hint='let the script start it below `if __name__ == "__main__":`, as every process reads '
+                "the script, or give processes=1",
+            ) from error
 
 
 def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _run_packed(job: tuple[Any, ...]) -> str:
-    return _run_cell(*job)
-
-
-def _run_cell(
-    task: Task, masks: Mapping[str, Tensor], plan: Plan, cell: Cell, fused: int, folder: str | Path
-) -> str:
+def _run_cell(job: _Job) -> str:
     """Make the trials of a cell that there are not, and store them; a line about them."""
+    task, masks, plan, cell, fused, folder = job
     records = Records(folder)
     done = records.finished(cell, plan.trials)
     missing = [number for number in range(plan.trials) if number not in done]
     for start in range(0, len(missing), fused):
         best = fewest(list(records.finished(cell, plan.trials).values()))
         records.add(run_trials(task, masks, plan, cell, missing[start : start + fused], best))
-    found = fewest(list(records.finished(cell, plan.trials).values()))
-    steps = "the goal is not reached" if found is None else f"{found} steps"
+    made = list(records.finished(cell, plan.trials).values())
+    found = fewest(made)
+    steps = f"the goal is not reached, {how_far(made)}" if found is None else f"{found} steps"
     return f"{cell.optimizer}, sparsity {cell.sparsity:g}, batch {cell.batch}: {steps}"
 
 

@@ -32,6 +32,7 @@ from torch import Tensor, fx
 from graphsplit.analysis import Analysis
 from graphsplit.analysis.analysis import analyse_kept
 from graphsplit.analysis.dealing import Deck, Parts
+from graphsplit.analysis.facts import argument
 from graphsplit.analysis.inference import Inference, infer
 from graphsplit.analysis.layout import Layout
 from graphsplit.analysis.units import Ids, varying
@@ -39,6 +40,7 @@ from graphsplit.builder import GraphBuilder
 from graphsplit.costs import Watched
 from graphsplit.emission import random_state
 from graphsplit.errors import PartitionError, UnsupportedError
+from graphsplit.graphs import node_arg
 from graphsplit.passes.base import Pass, PassResult, Programs
 from graphsplit.passes.partition import extract, extract_graph
 from graphsplit.plan import PartitionPlan
@@ -64,6 +66,8 @@ from graphsplit.verification import (
 )
 
 KEPT, DROPPED, WHOLE = 0, 1, -1
+NORMS = {"linalg_vector_norm.default", "norm.ScalarOpt_dim", "norm.Scalar"}
+WEIGHT_NORMS = {"_weight_norm.default", "_weight_norm_interface.default"}
 
 
 @dataclass(frozen=True)
@@ -100,15 +104,26 @@ class Pruned:
 
 
 def masked_state(plan: PartitionPlan, program: Program) -> dict[str, Tensor]:
-    """Parameters with zeros outside of what sub-model 0 holds."""
+    """Parameters with zeros outside of what sub-model 0 holds.
+
+    Rows brought to a length (weight norm) keep their direction, as zero has none: their length is zero.
+    """
+    directions = {
+        str(v.target): int(argument(node, 2, "dim", 0))
+        for node in program.nodes()
+        if op_name(node) in WEIGHT_NORMS and (v := node_arg(node)).op == "get_attr"
+    }
     values = {}
     for state in plan.state:
         entry = program.state[state.name]
-        index = state.grid(KEPT, entry.tensor.device)
-        if state.kind == "parameter" and index is not None:
-            tensor = torch.zeros_like(entry.tensor)
-            tensor[index] = entry.tensor.detach()[index]
-            values[state.name] = tensor.requires_grad_(entry.tensor.requires_grad)
+        if state.kind != "parameter" or all(cut is None for cut in state.cuts):
+            continue
+        tensor = entry.tensor.detach().clone()
+        for dim, index in enumerate(state.indices(KEPT)):
+            if index is not None and dim != directions.get(state.name):
+                gone = np.setdiff1d(np.arange(tensor.shape[dim]), index)
+                tensor.index_fill_(dim, torch.from_numpy(gone).to(tensor.device), 0)
+        values[state.name] = tensor.requires_grad_(entry.tensor.requires_grad)
     return values
 
 
@@ -145,6 +160,7 @@ def prune_units(
     held = [
         (ids, dims, f"is mixed by {_place(node)} otherwise than in a weighted sum")
         for node, facts in inference.facts.items()
+        if not _ignores_zeros(node)
         for ids, dims in facts.mixes
     ]
     scores = score(program)
@@ -190,6 +206,14 @@ def _in_rounds(
 
 def _is_share(amount: object) -> bool:
     return isinstance(amount, (int, float)) and not isinstance(amount, bool) and 0 < amount < 1
+
+
+def _ignores_zeros(node: fx.Node) -> bool:
+    """A norm, to which units that are zero add nothing."""
+    if op_name(node) not in NORMS:
+        return False
+    order = argument(node, 1, "ord" if "linalg" in op_name(node) else "p", 2)
+    return order is None or (isinstance(order, (int, float)) and order > 0)
 
 
 def _place(node: fx.Node) -> str:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import graphsplit as gs
 from graphsplit.errors import PartitionError, UserError
@@ -214,6 +215,34 @@ class Positive(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(F.relu(torch.sigmoid(self.left(x)) @ self.log.exp()))
+
+
+@pytest.mark.parametrize("norm", [weight_norm, spectral_norm])
+def test_norms_of_weights_lose_what_they_would_lose_as_zeros(norm: Any) -> None:
+    """A row that is brought to a length has no direction where all of it is zero: its length is zero."""
+    model = nn.Sequential(
+        norm(nn.Linear(6, 8)), nn.ReLU(), norm(nn.Linear(8, 12)), nn.ReLU(), nn.Linear(12, 4)
+    )
+    found = gs.prune_units(model, torch.randn(5, 6), amount=0.5)
+    assert sorted(found.axes.values()) == [(8, 4), (12, 6)]
+    certificate = found.verify()
+    assert certificate.ok, certificate
+    assert all(torch.isfinite(value).all() for value in found.masked().state_dict().values())
+
+
+def test_features_of_length_one_can_lose_units() -> None:
+    class Normalized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Linear(6, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(F.normalize(self.embed(x), dim=-1))
+
+    found = gs.prune_units(Normalized(), torch.randn(5, 6), amount=0.5)
+    assert list(found.axes.values()) == [(8, 4)]
+    certificate = found.verify()
+    assert certificate.ok, certificate
 
 
 def test_what_zeros_would_change_is_found_by_running_it() -> None:

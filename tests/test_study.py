@@ -131,7 +131,9 @@ def test_outcomes(tmp_path: Path) -> None:
     assert any(trial.outcome == "diverged" for trial in diverged.trials)
     late = small(tmp_path / "late", rates=(1e-9, 1e-8), optimizers=("sgd",), batches=(4,))
     assert {(t.outcome, t.steps, t.stopped) for t in late.trials} == {("not reached", 200, False)}
-    with pytest.raises(UserError, match="no trial reached the goal"):
+    with pytest.raises(
+        UserError, match=r"no trial reached the goal, an error of 0.12: the lowest error was 0\.\d"
+    ):
         late.report()
     with pytest.raises(UserError, match="is met before the first step"):
         small(tmp_path / "early", goal=0.99)

@@ -202,3 +202,11 @@ def name_of(cell: Cell, number: int) -> str:
 def fewest(trials: Sequence[Trial]) -> int | None:
     """The fewest steps to the goal; None where no trial reached it."""
     return min((trial.steps for trial in trials if trial.outcome == "complete"), default=None)
+
+
+def how_far(trials: Sequence[Trial]) -> str:
+    """What trials came to that did not reach the goal, in words."""
+    lowest = min((trial.best for trial in trials if trial.best is not None), default=None)
+    diverged = sum(trial.outcome == "diverged" for trial in trials)
+    best = "no error was a number" if lowest is None else f"the lowest error was {lowest:.4g}"
+    return best + (f", {diverged} of {len(trials)} diverged" if diverged else "")

@@ -10,7 +10,7 @@ from typing import Any
 
 from graphsplit.errors import UserError
 from graphsplit.scaling.analysis import Curve, Interval, claims
-from graphsplit.scaling.plan import Plan, Trial, fewest
+from graphsplit.scaling.plan import Plan, Trial, fewest, how_far
 
 PAGE = """<!doctype html>
 <meta charset="utf-8"><title>Steps against batch size</title>
@@ -36,7 +36,8 @@ def write_report(plan: Plan, trials: Sequence[Trial], curves: Sequence[Curve], f
     """Write figures and ``report.html`` into a folder; see `graphsplit.Study.report`."""
     if not any(curve.steps for curve in curves):
         raise UserError(
-            "no trial reached the goal, so that there is nothing to show",
+            f"no trial reached the goal, an error of {plan.goal:g}: {how_far(trials)}; "
+            "so there is nothing to show",
             hint="choose an easier goal, a larger budget of steps, or another range of rates",
         )
     try:
