@@ -15,6 +15,7 @@ from graphsplit._api import Partition, from_bundle, partition
 from graphsplit._ensemble import from_bundle as ensemble_of
 from graphsplit._fuse import FusedModule
 from graphsplit._layer_groups import LayerGroups
+from graphsplit._prune_units import PrunedUnits
 from graphsplit._sparsify import Masks
 from graphsplit.bundle import (
     DepthBundle,
@@ -22,6 +23,7 @@ from graphsplit.bundle import (
     FusedBundle,
     MaskBundle,
     PartitionBundle,
+    PrunedBundle,
     Saved,
     load,
     program_of,
@@ -232,6 +234,33 @@ class OpenedFused(OpenedProgram):
 
 
 @dataclass(frozen=True)
+class OpenedPruned(OpenedProgram):
+    """A model that has lost units.
+
+    Attributes:
+        found: The bundle.
+    """
+
+    found: PrunedBundle
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a report begins with."""
+        before, after = PrunedUnits.from_bundle(self.found).parameters()
+        return {**super().facts, "parameters": [before, after]}
+
+    @property
+    def words(self) -> str:
+        """The same as text."""
+        before, after = self.facts["parameters"]
+        return f"{self.program.name} from {self.origin}, {after:,} of {before:,} parameters"
+
+    def verify(self) -> Certificate:
+        """That it is the masked model."""
+        return PrunedUnits.from_bundle(self.found).verify()
+
+
+@dataclass(frozen=True)
 class OpenedEnsemble:
     """Models joined to one.
 
@@ -300,6 +329,8 @@ def open_any(asked: Asked, progress: Progress) -> Opened | OpenedDepth | OpenedE
         raise typer.BadParameter(f"-k is for partitions, and {asked.target} holds {_what(bundle)}")
     if isinstance(bundle, FusedBundle):
         return OpenedFused(bundle.program, asked.target, bundle)
+    if isinstance(bundle, PrunedBundle):
+        return OpenedPruned(bundle.small, asked.target, bundle)
     if isinstance(bundle, EnsembleBundle):
         return OpenedEnsemble(ensemble_of(bundle), asked.target)
     if not isinstance(bundle, DepthBundle):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
@@ -80,7 +81,7 @@ def prune_units(
         report["certificate"] = certificate.to_data()
         check_to_write(certificate, lambda: report, as_json=as_json)
     with progress.step("write"):
-        save(found.program, out, overwrite=force)
+        save(replace(found.to_bundle(), certificate=report["certificate"]), out, overwrite=force)
     if as_json:
         console.json({**report, "timings": progress.timings, "written": written(out)})
         return

@@ -17,12 +17,21 @@ from graphsplit._ensemble import from_bundle as ensemble_of
 from graphsplit._fuse import FusedModule, fuse
 from graphsplit._layer_groups import LayerGroups
 from graphsplit._local_critics import LocalCritics
+from graphsplit._prune_units import PrunedUnits
 from graphsplit._sparsify import Masks
 from graphsplit._synthetic_halves import SyntheticHalves
 from graphsplit.analysis import Analysis, analyse
 from graphsplit.analysis.analysis import check_k
 from graphsplit.analysis.dealing import Prescribed, Strategy, check_shares, dealer_of
-from graphsplit.bundle import Bundle, DepthBundle, EnsembleBundle, FusedBundle, MaskBundle, PartitionBundle
+from graphsplit.bundle import (
+    Bundle,
+    DepthBundle,
+    EnsembleBundle,
+    FusedBundle,
+    MaskBundle,
+    PartitionBundle,
+    PrunedBundle,
+)
 from graphsplit.drawing import draw as figure_of
 from graphsplit.drawing import snippet
 from graphsplit.drawing.division import ByWidth, Division
@@ -391,8 +400,8 @@ def _difference(wanted: PartitionPlan, found: PartitionPlan) -> str:
 
 
 Object = (
-    Partition | LayerGroups | LocalCritics | SyntheticHalves | FusedModule | Ensemble | Masks | Program
-    | ProgramModule
+    Partition | LayerGroups | LocalCritics | SyntheticHalves | FusedModule | Ensemble | Masks | PrunedUnits
+    | Program | ProgramModule
 )  # fmt: skip
 
 
@@ -401,7 +410,8 @@ def save(obj: Object | Bundle, path: str | Path) -> None:
 
     Args:
         obj: What graphsplit made, with the weights that it has now: a partition, layer groups, local critics,
-            synthetic halves, a fused module, an ensemble, masks, a program or a module.
+            synthetic halves, a fused module, an ensemble, masks, a model that lost units, a program or
+            a module.
         path: The folder.
 
     Raises:
@@ -409,7 +419,9 @@ def save(obj: Object | Bundle, path: str | Path) -> None:
     """
     if isinstance(obj, Partition):
         obj = PartitionBundle(bundle.without_weights(obj.program), obj.plan, obj.current_programs())
-    elif isinstance(obj, (LayerGroups, LocalCritics, SyntheticHalves, FusedModule, Ensemble, Masks)):
+    elif isinstance(
+        obj, (LayerGroups, LocalCritics, SyntheticHalves, FusedModule, Ensemble, Masks, PrunedUnits)
+    ):
         obj = obj.to_bundle()
     bundle.save(obj, path)
 
@@ -430,6 +442,8 @@ def load(path: str | Path) -> Object:
         return FusedModule.from_bundle(found)
     if isinstance(found, MaskBundle):
         return Masks.from_bundle(found)
+    if isinstance(found, PrunedBundle):
+        return PrunedUnits.from_bundle(found)
     if isinstance(found, EnsembleBundle):
         return ensemble_of(found)
     if not isinstance(found, PartitionBundle):
@@ -453,7 +467,7 @@ def draw(obj: Object, path: str | Path, *, depth: int | None = None) -> None:
 
     Args:
         obj: A partition, layer groups, local critics (which are drawn, too) or synthetic halves; an ensemble,
-            a program or module is drawn without parts.
+            a model that lost units, a program or module is drawn without parts.
         path: The file: ``.svg`` is a still picture, ``.html`` opens and closes modules, and can be searched.
         depth: How many levels of modules are open (at the start); as many as can be read unless given.
 
@@ -475,11 +489,11 @@ def export_onnx(obj: Object, path: str | Path) -> dict[str, OnnxReport]:
     """Write ONNX, checked by onnx.checker and run in ONNX Runtime against torch at two batch sizes.
 
     Args:
-        obj: A program, a module, an ensemble or masks (zeros in the weights): one file. A partition: a folder
-            with ``submodel_0.onnx`` to ``merged.onnx``, and ``ensemble.onnx``, in which every sub-model is a
-            function and the mean of all is given. Layer groups: a folder with ``group_0.onnx`` and so on;
-            local critics: ``submodel_0.onnx`` and so on beside them, and ``anytime.onnx``, which leaves early
-            at the confidence that is its last input.
+        obj: A program, a module, an ensemble, a model that lost units or masks (zeros in the weights): one
+            file. A partition: a folder with ``submodel_0.onnx`` to ``merged.onnx``, and ``ensemble.onnx``, in
+            which every sub-model is a function and the mean of all is given. Layer groups: a folder with
+            ``group_0.onnx`` and so on; local critics: ``submodel_0.onnx`` and so on beside them, and
+            ``anytime.onnx``, which leaves early at the confidence that is its last input.
         path: The file, or the folder.
 
     Returns:
@@ -506,6 +520,8 @@ def _as_program(obj: Object) -> Partition | exports.Depth | Program:
     """Modules, ensembles and masked models as the program that they run."""
     if isinstance(obj, ProgramModule):
         return bundle.program_of(obj)
+    if isinstance(obj, PrunedUnits):
+        return obj.current_program()
     if isinstance(obj, Masks):
         return obj.folded_program()
     return obj.program() if isinstance(obj, Ensemble) else obj

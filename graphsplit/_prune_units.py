@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import nn
 
 from graphsplit._sparsify import program_to_prune
+from graphsplit.bundle import PrunedBundle, without_weights
 from graphsplit.costs import graph_flops
 from graphsplit.emission import ProgramModule, emit
 from graphsplit.errors import PartitionError
@@ -32,7 +34,7 @@ class PrunedUnits:
         pruned: The division into what is kept and what is dropped.
     """
 
-    def __init__(self, pruned: Pruned, example: Example | None, form: Form = "graph") -> None:
+    def __init__(self, pruned: Pruned, example: Example | None = None, form: Form = "graph") -> None:
         self.pruned = pruned
         self._example = example
         self._form: Form = form
@@ -52,10 +54,17 @@ class PrunedUnits:
         """Who holds what, as plain data: ``plan.slice_state_dict(full, 0)`` makes a checkpoint smaller."""
         return self.pruned.plan
 
-    @cached_property
+    @property
     def program(self) -> Program:
         """The smaller model as a program."""
-        return self.pruned.small()
+        return self.pruned.small
+
+    def current_program(self) -> Program:
+        """The smaller model as a program, with the values that `module` has now."""
+        if "module" not in self.__dict__:
+            return self.program
+        named = dict(self.module.named_parameters(remove_duplicate=False))
+        return self.program.with_state(named | dict(self.module.named_buffers(remove_duplicate=False)))
 
     @cached_property
     def module(self) -> nn.Module:
@@ -64,7 +73,7 @@ class PrunedUnits:
         It runs the graph, or is of the user's own class where ``emit="module"`` asked for it.
         """
         if self._form == "module":
-            assert self._example is not None
+            assert self._example is not None and self.pruned.analysis is not None
             return emit_modules(self.pruned.analysis, [self.program], self._example)[0]
         return emit(self.program)
 
@@ -83,6 +92,26 @@ class PrunedUnits:
     def verify(self) -> Certificate:
         """Prove in float64, with random weights, that the smaller model is the masked one in both modes."""
         return certify_pruned(self.pruned, self._example)
+
+    def to_bundle(self) -> PrunedBundle:
+        """What `graphsplit.save` writes: the smaller model with its weights, the plan, the model without."""
+        return PrunedBundle(
+            without_weights(self.pruned.program), self.plan, self.current_program(), self.axes, self.kept
+        )
+
+    @classmethod
+    def from_bundle(cls, found: PrunedBundle) -> PrunedUnits:
+        """What a bundle holds; the weights that are gone are ones, until `masked` makes zeros of them."""
+        values = {}
+        for state in found.plan.state:
+            if state.name in found.small.state:
+                tensor = found.small.state[state.name].tensor.detach()
+                full = torch.ones(state.shape, dtype=tensor.dtype, device=tensor.device)
+                index = state.grid(0, tensor.device)
+                full[... if index is None else index] = tensor
+                values[state.name] = full.requires_grad_(found.source.state[state.name].requires_grad)
+        source = found.source.with_state(values)
+        return cls(Pruned(source, found.plan, found.small, found.axes, found.kept))
 
     def __repr__(self) -> str:
         before, after = self.parameters()

@@ -76,26 +76,19 @@ class Pruned:
 
     Attributes:
         program: The given one.
-        analysis: Its division into what is kept, sub-model 0, and what is dropped, sub-model 1.
+        plan: Who holds what: sub-model 0 is the smaller model, sub-model 1 what is gone.
+        small: The smaller model.
         axes: Axes that have lost units, by name: units before and after.
         kept: Axes that could not lose any, by name, with the reason.
+        analysis: The division into what is kept and what is dropped; None for what a bundle holds.
     """
 
     program: Program
-    analysis: Analysis
+    plan: PartitionPlan
+    small: Program
     axes: Mapping[str, tuple[int, int]]
     kept: Mapping[str, str]
-
-    @property
-    def plan(self) -> PartitionPlan:
-        """Who holds what: sub-model 0 is the smaller model, sub-model 1 what is gone."""
-        return self.analysis.plan
-
-    def small(self) -> Program:
-        """The smaller model."""
-        sizes = ", ".join(f"{name} {before} to {after}" for name, (before, after) in self.axes.items())
-        found = extract(self.analysis, KEPT)
-        return replace(found, notes=(*found.notes, f"pruned: {sizes}"))
+    analysis: Analysis | None = None
 
     def masked(self, program: Program | None = None) -> Program:
         """The model in full size with zeros in all that belongs to dropped units."""
@@ -171,7 +164,7 @@ def prune_units(
             _refuse(analysis, kept, amount)
         culprit = _first_difference(analysis, example)
         if culprit is None:
-            return Pruned(program, analysis, axes, kept)
+            return Pruned(program, analysis.plan, _small(analysis, axes), axes, kept, analysis)
         ids = _units_at(inference, culprit)
         if not any((analysis.assignment.part[one] == DROPPED).any() for one in ids):
             raise UnsupportedError(
@@ -206,6 +199,12 @@ def _in_rounds(
 
 def _is_share(amount: object) -> bool:
     return isinstance(amount, (int, float)) and not isinstance(amount, bool) and 0 < amount < 1
+
+
+def _small(analysis: Analysis, axes: Mapping[str, tuple[int, int]]) -> Program:
+    sizes = ", ".join(f"{name} {before} to {after}" for name, (before, after) in axes.items())
+    found = extract(analysis, KEPT)
+    return replace(found, notes=(*found.notes, f"pruned: {sizes}"))
 
 
 def _ignores_zeros(node: fx.Node) -> bool:
@@ -429,7 +428,7 @@ def certify_pruned(pruned: Pruned, example: Example | None = None) -> Certificat
         rows += emitted_equals_model(pruned.program, example)
     plan = pruned.plan
     generator = torch.Generator().manual_seed(1)
-    full, small = (in_double(quiet(program)) for program in (pruned.program, extract(pruned.analysis, KEPT)))
+    full, small = (in_double(quiet(program)) for program in (pruned.program, pruned.small))
     full = pruned.masked(full.with_state(drawn_state(full, generator)))
     small = small.with_state(_sliced(plan, full))
     inputs = flat_inputs(full.signature, example)
@@ -491,4 +490,4 @@ class PruneUnits(Pass):
             found.append(prune_units(program, score, self.amount, scope, rounds=scoring.rounds))
         kept = {name: reason for pruned in found for name, reason in pruned.kept.items()}
         reason = "; ".join(f"{name} {why}" for name, why in kept.items())
-        return PassResult(Programs(tuple(pruned.small() for pruned in found)), modified=True, reason=reason)
+        return PassResult(Programs(tuple(pruned.small for pruned in found)), modified=True, reason=reason)

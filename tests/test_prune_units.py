@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import graphsplit as gs
-from graphsplit.errors import PartitionError, UserError
+from graphsplit.errors import BundleError, PartitionError, UserError
 from graphsplit.passes import Pipeline, Programs
 from graphsplit.passes.prune_units import PruneUnits
-from graphsplit.program import Program, check
+from graphsplit.program import check
 from laws import largest_difference, program_unchanged, run
 from zoo import call_of, traced
 
@@ -299,6 +300,43 @@ def test_options_that_do_not_fit() -> None:
         gs.prune_units(net(), X, method="snip")
 
 
+@pytest.mark.parametrize("emit", ["graph", "module"])
+def test_saved_with_the_plan_and_the_values_of_now(tmp_path: Path, emit: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+    x = torch.randn(5, 3)
+    found = gs.prune_units(model, x, emit=emit)
+    found.module(x)  # counts, and moves the running statistics
+    with torch.no_grad():
+        for parameter in found.module.parameters():
+            parameter.add_(1.0)
+    gs.save(found, tmp_path / "small")
+    loaded = gs.load(tmp_path / "small")
+    assert isinstance(loaded, gs.PrunedUnits)
+    assert (loaded.plan, loaded.axes, loaded.kept) == (found.plan, found.axes, found.kept)
+    assert loaded.parameters() == found.parameters() and loaded.flops() == found.flops()
+    assert torch.equal(loaded.module.eval()(x), found.module.eval()(x))
+    assert loaded.verify().ok
+    masked = loaded.masked().eval()
+    assert {name: value.shape for name, value in masked.state_dict().items()} == {
+        name: value.shape for name, value in model.state_dict().items()
+    }
+    torch.testing.assert_close(masked(x), found.module.eval()(x))
+    gs.save(loaded, tmp_path / "again")
+    files = [
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("small", "again")
+    ]
+    assert files[0] == files[1]
+
+
+def test_a_saved_model_that_is_no_pruned_one_is_not_proved(tmp_path: Path) -> None:
+    found = gs.prune_units(net(), X)
+    bundle = found.to_bundle()
+    with pytest.raises(BundleError, match="of another size"):
+        gs.save(replace(bundle, small=found.pruned.program), tmp_path / "whole")
+        gs.load(tmp_path / "whole")
+
+
 def test_command(tmp_path: Path) -> None:
     file, out = tmp_path / "model.py", tmp_path / "out"
     file.write_text(
@@ -312,7 +350,12 @@ def test_command(tmp_path: Path) -> None:
     assert report["axes"] == [{"name": "0.weight[0]", "before": 40, "after": 30}]
     assert report["certificate"]["ok"]
     loaded = gs.load(out)
-    assert isinstance(loaded, Program) and loaded.state["0.weight"].tensor.shape == (30, 5)
+    assert isinstance(loaded, gs.PrunedUnits) and loaded.axes == {"0.weight[0]": (40, 30)}
+    assert loaded.program.state["0.weight"].tensor.shape == (30, 5)
+    done = run("verify", out, "--json")
+    assert done.exit_code == 0 and json.loads(done.stdout)["certificate"]["ok"], done.stderr
+    done = run("export", out, "-o", tmp_path / "onnx")
+    assert done.exit_code == 0 and (tmp_path / "onnx" / "model.onnx").exists(), done.stderr
     done = run("prune-units", file, "-o", out, "--force", "--method", "snip")
     assert done.exit_code == 3 and "defines no `data`" in done.stderr
     done = run("prune-units", file, "-o", out, "--force")

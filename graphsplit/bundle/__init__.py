@@ -23,6 +23,7 @@ from graphsplit.bundle.kinds import (
     FusedBundle,
     MaskBundle,
     PartitionBundle,
+    PrunedBundle,
     Saved,
 )
 from graphsplit.bundle.programs import program_of, without_weights
@@ -36,6 +37,7 @@ __all__ = [
     "FusedBundle",
     "MaskBundle",
     "PartitionBundle",
+    "PrunedBundle",
     "Saved",
     "load",
     "program_of",

@@ -234,6 +234,58 @@ class MaskBundle:
 
 
 @dataclass(frozen=True)
+class PrunedBundle:
+    """A model that has lost units.
+
+    Attributes:
+        source: The model before. `without_weights` leaves its tensors out.
+        plan: Who holds what: sub-model 0 is the smaller model, sub-model 1 what is gone.
+        small: The smaller model.
+        axes: Axes that have lost units, by name: units before and after.
+        kept: Axes that could not lose any, by name, with the reason.
+        certificate: Numbers that prove the rewrite, as plain JSON data.
+    """
+
+    kind: ClassVar[str] = "pruned"
+    source: Program
+    plan: PartitionPlan
+    small: Program
+    axes: Mapping[str, tuple[int, int]]
+    kept: Mapping[str, str]
+    certificate: dict[str, Any] | None = None
+
+    def content(self) -> Content:
+        """What is written."""
+        content = Content(self.kind, self.source.name, {"plan": "plan.json"})
+        content.texts["plan.json"] = self.plan.to_json()
+        content.index["source"] = content.add("source", self.source)
+        content.index["small"] = content.add("small", self.small)
+        content.index["axes"] = {name: list(sizes) for name, sizes in self.axes.items()}
+        content.index["kept"] = dict(self.kept)
+        content.add_rest(self.certificate, {})
+        return content
+
+    @classmethod
+    def read(cls, reader: Reader) -> PrunedBundle:
+        """What was written."""
+        manifest = reader.manifest
+        plan = reader.plan(PartitionPlan.from_json)
+        small = reader.program(manifest["small"])
+        for state in plan.state:
+            entry = small.state.get(state.name)
+            if entry is not None and tuple(entry.tensor.shape) != state.local_shape(0):
+                raise BundleError(f"{reader.folder / MANIFEST}: {state.name} is of another size than planned")
+        return cls(
+            source=reader.program(manifest["source"]),
+            plan=plan,
+            small=small,
+            axes={str(name): (int(before), int(after)) for name, (before, after) in manifest["axes"].items()},
+            kept={str(name): str(reason) for name, reason in manifest["kept"].items()},
+            certificate=reader.certificate(),
+        )
+
+
+@dataclass(frozen=True)
 class EnsembleBundle:
     """All that belongs to an ensemble.
 
@@ -279,11 +331,12 @@ class EnsembleBundle:
         )
 
 
-Bundle = PartitionBundle | DepthBundle | FusedBundle | EnsembleBundle | MaskBundle
+Bundle = PartitionBundle | DepthBundle | FusedBundle | EnsembleBundle | MaskBundle | PrunedBundle
 Saved = Program | ProgramModule | Bundle
 
 _KINDS: dict[str, type[Bundle]] = {
-    kind.kind: kind for kind in (PartitionBundle, DepthBundle, FusedBundle, EnsembleBundle, MaskBundle)
+    kind.kind: kind
+    for kind in (PartitionBundle, DepthBundle, FusedBundle, EnsembleBundle, MaskBundle, PrunedBundle)
 }
 
 
