@@ -64,7 +64,8 @@ the sentence of the error. *Kept whole* names what every sub-model computes in f
 
 Torch-Pruning is asked to halve the same model, without hints for single models, output layers left alone:
 the column says in how many of the inner linear and convolutional layers half of the outputs are left, where
-the model still runs; whether it then computes what it should (whole heads, for one) is not asked. Either
+the model still runs; whether it then computes what it should (whole heads, for one) is not asked; it varies
+from run to run (101 and 98 models halved in two runs of the same versions). Either
 tool has {timeout} s of processor time and {memory} GiB for a model.
 
 ## Summary

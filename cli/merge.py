@@ -104,7 +104,8 @@ def _read_plan(path: Path) -> PartitionPlan:
     try:
         return PartitionPlan.from_json(path.read_text("utf-8"))
     except OSError as error:
-        raise PlanError(f"the plan {path} cannot be read: {error.strerror or error}") from error
+        hint = "give the plan.json in it" if path.is_dir() else None
+        raise PlanError(f"the plan {path} cannot be read: {error.strerror or error}", hint=hint) from error
     except UnicodeDecodeError:
         raise PlanError(f"{path} is no plan: it is no text", hint="give the plan.json of a bundle") from None
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from graphsplit._fuse import fuse
+from graphsplit._fuse import fuse, listed
 from graphsplit.bundle import EnsembleBundle, program_of
 from graphsplit.emission import ProgramModule, emit
 from graphsplit.ensembles import Average, Body, Ensemble, InTurn, Rule, check_alike, least_squares
@@ -50,7 +50,7 @@ def ensemble(
 
     Raises:
         PlanError: There are no models, or not as many weights.
-        UserError: Weights need data, or cannot be used so.
+        UserError: Weights need data, or cannot be used so; what is given is no list of models.
         InputError: The models differ in inputs or outputs.
         TraceError, UnsupportedError: A model cannot be traced.
 
@@ -59,6 +59,7 @@ def ensemble(
         team = gs.ensemble([m1, m2, m3], weights="regression", args=x, data=loader)
         team.verify(); gs.export_onnx(team, "team.onnx"); gs.save(team, "team/")
     """
+    models = listed(models)
     if not models:
         raise PlanError("there are no models to make an ensemble of")
     if average not in get_args(Average):
@@ -91,7 +92,8 @@ def ensemble(
 def _checked(weights: Tensor, k: int, average: Average) -> Tensor:
     if weights.shape != (k,):
         raise PlanError(
-            f"weights of shape {tuple(weights.shape)} for {k} models", hint="give one number for each"
+            f"weights of shape {tuple(weights.shape)} for {k} models",
+            hint="give one number for each; example inputs are args=",
         )
     if not all(map(math.isfinite, weights.tolist())):
         raise UserError(f"weights are {weights.tolist()}, and have to be finite")

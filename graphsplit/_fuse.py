@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from graphsplit.builder import aten
 from graphsplit.bundle import FusedBundle, program_of, without_weights
 from graphsplit.emission import ProgramModule, emit
-from graphsplit.errors import PlanError
+from graphsplit.errors import PlanError, UserError
 from graphsplit.fusion.cost import FusionCost
 from graphsplit.passes.fuse import Fused, fuse_where_it_pays, part_of
 from graphsplit.passes.fuse import fuse as fuse_programs
@@ -381,16 +381,36 @@ def fuse(
             each model where it does not pay; see `FusedModule.cost`.
 
     Raises:
-        PartitionError: There are no models.
+        UserError: What is given is no list of models.
+        PartitionError: There are none in it.
         UnsupportedError: They are not of one architecture; the first difference is named.
         TraceError, UnsupportedError, InputError: A model cannot be traced.
     """
-    programs = [_program(model, args, kwargs) for model in models]
+    programs = [_program(model, args, kwargs) for model in listed(models)]
     if not auto:
         return FusedModule(fuse_programs(programs, own_inputs=own_inputs))
     given = args != () or bool(kwargs)
     inputs = programs[0].signature.flatten(*as_call(args, kwargs)) if programs and given else None
     return FusedModule(fuse_where_it_pays(programs, own_inputs=own_inputs, inputs=inputs))
+
+
+def listed(models: Any) -> list[nn.Module | Program]:
+    """Models that were given as a list, or another sequence of modules and programs.
+
+    Raises:
+        UserError: They were not.
+    """
+    single = isinstance(models, (nn.Module, Program)) and not isinstance(models, nn.ModuleList)
+    if single or not isinstance(models, Iterable):
+        raise UserError(
+            f"a list of models is expected, and a {type(models).__name__} was given",
+            hint="give [model_1, model_2, ...]; those of a partition are partition.submodels",
+        )
+    found = list(models)
+    for model in found:
+        if not isinstance(model, (nn.Module, Program)):
+            raise UserError(f"a {type(model).__name__} stands among the models", hint="give modules or programs")
+    return found
 
 
 def _program(model: nn.Module | Program, args: Any, kwargs: Mapping[str, Any] | None) -> Program:

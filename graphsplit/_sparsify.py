@@ -79,7 +79,7 @@ class Masks:
 
     @property
     def cut(self) -> tuple[str, ...]:
-        """Weights of which nothing is left: their layer gives its bias, and the model is cut there."""
+        """Weights of which nothing is left: their layer gives no more than its bias."""
         known = roles(self.program)
         return cut_layers(self.masks, [name for name in self.masks if known[name] == "weight"])
 
@@ -299,7 +299,7 @@ def sparsify(
     masks = Masks(program, chosen, scores, method, scope)
     if masks.cut:
         warnings.warn(
-            f"nothing is left of {', '.join(masks.cut)}: the model is cut through there",
+            f"nothing is left of {', '.join(masks.cut)}: such a layer gives no more than its bias",
             stacklevel=2,
         )
     return masks
