@@ -73,6 +73,7 @@ def _floats(value: Any) -> list[Tensor]:
         "swin",
         "auxiliary_head",
         "two_in_two_out",
+        "transformer_sinusoidal",
     ],
 )
 def test_hand_written_models(name: str) -> None:

@@ -93,3 +93,48 @@ def test_plain_merge_is_the_original_graph(divided: Programs) -> None:
 def test_partition_into_one_is_the_program_itself() -> None:
     program = gs.trace(Net(), torch.randn(4, 6))
     assert str(Pipeline.parse("partition(k=1)")(program).single()) == str(program)
+
+
+class Positions(nn.Module):
+    """Two streams, and a table that is added to one of them, or to both."""
+
+    def __init__(self, uses: str) -> None:
+        super().__init__()
+        self.uses = uses
+        self.a, self.b = nn.Linear(3, 8), nn.Linear(3, 8)
+        self.mix = nn.Linear(8, 8)
+        self.head_a, self.head_b = nn.Linear(8, 2), nn.Linear(8, 2)
+        self.register_buffer("table", torch.randn(12, 8))
+        self.register_buffer("mask", (torch.rand(8, 8) > 0.5).float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert isinstance(self.table, Tensor) and isinstance(self.mask, Tensor)
+        a, b = torch.tanh(self.a(x)), torch.tanh(self.b(x))
+        table = self.table[: x.shape[1]]
+        a = a + table
+        if self.uses == "twice":
+            a = torch.relu(a) + table
+        if self.uses == "both":
+            b = torch.relu(b) + table
+        a = nn.functional.linear(a, self.mix.weight * self.mask)
+        return self.head_a(torch.relu(a)) + self.head_b(torch.relu(b))
+
+
+@pytest.mark.parametrize(("uses", "is_cut"), [("once", True), ("twice", True), ("both", False)])
+def test_a_table_of_positions_is_dealt_out_with_the_units_that_it_meets(uses: str, is_cut: bool) -> None:
+    """One that two streams share is not, as their units would have to stay together; nor is a mask of weights."""
+    torch.manual_seed(0)
+    model, x = Positions(uses).double(), torch.randn(4, 5, 3, dtype=torch.float64)
+    part = gs.partition(model, x, k=2)
+    certificate = part.verify()
+    assert certificate.ok, certificate
+    assert part.analysis.kept_whole == (), "rows beyond the example are no units"
+    for number, submodel in enumerate(part.submodels):
+        state = submodel.state_dict()
+        assert state["table"].shape == ((12, 4) if is_cut else (12, 8))
+        assert state["mask"].shape == (8, 8), "of its entries half would be in no sub-model"
+        sliced = part.plan.slice_state_dict(model.state_dict(), number)
+        assert all(torch.equal(sliced[name], value) for name, value in state.items())
+    merged = part.merge().state_dict()
+    assert torch.equal(merged["table"], model.state_dict()["table"])
+    assert torch.equal(merged["mask"], model.state_dict()["mask"])

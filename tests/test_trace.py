@@ -1971,3 +1971,24 @@ def test_a_second_step_follows_the_first() -> None:
     assert owned(module.state_dict()).keys() == model.state_dict().keys()
     for name, value in model.state_dict().items():
         assert torch.equal(module.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_mask_is_not_read_to_see_whether_it_is_causal(given: bool) -> None:
+    """nn.Transformer does so where ``is_causal`` is left open, which torch.export cannot trace."""
+
+    class Translator(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.transformer = nn.Transformer(8, 2, 1, 1, 16, 0.0, batch_first=True)
+
+        def forward(self, a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
+            if mask is None:
+                mask = nn.Transformer.generate_square_subsequent_mask(b.shape[1])
+            return self.transformer(a, b, tgt_mask=mask)
+
+    inputs = {"a": torch.randn(2, 5, 8), "b": torch.randn(2, 6, 8)}
+    if given:
+        inputs["mask"] = nn.Transformer.generate_square_subsequent_mask(6)
+    certificate = gs.partition(Translator(), inputs, k=2).verify()
+    assert certificate.ok, certificate

@@ -39,9 +39,10 @@ class Inference:
 
     Attributes:
         facts: Per node that is not common.
-        common: Nodes with the same value in all sub-models: it depends on no parameter and no written buffer.
+        common: Nodes with the same value in all sub-models: it depends on none of `own`.
         data: Nodes that depend on the model's inputs.
-        state: For each parameter or written buffer the ids along each of its dimensions.
+        state: For each parameter, written buffer or table the ids along each of its dimensions.
+        own: Their names: a sub-model has values of its own there.
         holding: Nodes that kept units whole, whatever their rules say of it.
     """
 
@@ -186,7 +187,7 @@ class Inference:
         """Walk over all graphs and fill in the facts."""
         writes = [node for node in self.program.nodes() if node.target is aten.copy_.default]
         running = {name for node in self.program.nodes() for name in running_statistics(node)}
-        self.own = {n for n, e in self.program.state.items() if e.kind == "parameter"} | running
+        self.own |= {n for n, e in self.program.state.items() if e.kind == "parameter"} | running
         # A written buffer is common if what is written is (a counter is, an average of activations is not).
         while True:
             self._mark()
@@ -228,9 +229,49 @@ class Inference:
         seen = np.unique(np.concatenate([np.zeros(1, np.int64), *(ids.ravel() for ids in read)]))
         for ids in self.state[name]:
             if ids is not None and (unread := np.setdiff1d(ids, seen)).size:
+                component = self.units.components()
                 self.units.share(unread)
-                facts = self.facts[cuts[0]]
-                facts.whole = facts.whole or "what the example inputs do not reach is kept whole"
+                if component[np.intersect1d(ids, seen)].any():  # else no entry is a unit
+                    facts = self.facts[cuts[0]]
+                    facts.whole = facts.whole or "what the example inputs do not reach is kept whole"
+
+    def tables(self) -> set[str]:
+        """Buffers whose every use meets the same units along one dimension, as one of positions does.
+
+        Their entries are dealt out with the units. One that is met along two dimensions, such as a mask on a
+        weight, has entries of no sub-model, which would be lost.
+        """
+        candidates = {
+            name: [node for node in self.program.nodes() if node.op == "get_attr" and node.target == name]
+            for name, entry in self.program.state.items()
+            if entry.kind == "buffer" and name not in self.own and entry.tensor.is_floating_point()
+        }
+        if not candidates:
+            return set()
+        component = self.units.components()
+
+        def is_table(nodes: list[fx.Node]) -> bool:
+            uses = [[ids for ids in met if component[ids].any()] for met in self._met(nodes)]
+            if not uses or not all(len(met) == 1 and len(varying(met[0])) == 1 for met in uses):
+                return False
+            first, *others = (component[met[0]].ravel() for met in uses)
+            return all(np.array_equal(first, other) for other in others)
+
+        return {name for name, nodes in candidates.items() if is_table(nodes)}
+
+    def _met(self, nodes: Sequence[fx.Node]) -> list[Factors]:
+        """For each use of a state tensor the factors that meet it there."""
+        found: list[Factors] = []
+        stack = list(nodes)
+        while stack:
+            node = stack.pop()
+            for user in node.users:
+                if op_name(user) in PASSED_ON:
+                    stack.append(user)
+                    continue
+                expects = self.facts[user].expects.items() if user in self.facts else ()
+                found.append(tuple(ids for place, met in expects for ids in met if _at(user, place) is node))
+        return found
 
     def _mark(self) -> None:
         self.common.clear()
@@ -334,6 +375,16 @@ def whole(inference: Inference, node: fx.Node, reason: str) -> Facts:
     return Facts([() for _ in value] if isinstance(value, tuple) else (), whole=reason)
 
 
+def _at(node: fx.Node, place: Path) -> Any:
+    """The operand at a place."""
+    if isinstance(place, str):
+        return node.kwargs.get(place)
+    found: Any = node.args
+    for position in place:
+        found = found[position]
+    return found
+
+
 def state_factors(dims: list[Ids | None], shape: tuple[int, ...]) -> Factors:
     """One factor for each dimension of a state tensor that has units."""
     return tuple(
@@ -385,4 +436,8 @@ def infer(program: Program, k: int, *, outermost: bool = False) -> Inference:
 
     inference = Inference(program, k, UnitBuilder(1 if outermost else k))
     inference.run()
+    tables = inference.tables()
+    if tables:
+        inference = Inference(program, k, UnitBuilder(1 if outermost else k), own=tables)
+        inference.run()
     return inference

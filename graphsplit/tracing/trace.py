@@ -382,6 +382,18 @@ def _distributions_unchecked() -> Iterator[None]:
         torch.distributions.Distribution.set_default_validate_args(checked)
 
 
+@contextmanager
+def _masks_unread() -> Iterator[None]:
+    """`nn.Transformer` looks whether a mask is causal, for a faster kernel: tell it what the user told it."""
+    layers: Any = torch.nn.modules.transformer
+    reads = layers._detect_is_causal_mask
+    layers._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True
+    try:
+        yield
+    finally:
+        layers._detect_is_causal_mask = reads
+
+
 def _export(model: nn.Module, call: _Call, dynamic: Mapping[str, tuple[int, ...]] | None) -> _Exported:
     refuse_hooks(model)
     flat = _Flat(model, call)
@@ -389,7 +401,13 @@ def _export(model: nn.Module, call: _Call, dynamic: Mapping[str, tuple[int, ...]
     for tensor, name in zip(call.tensors, call.names, strict=True):
         dims = (dynamic or {}).get(name, (0,))
         shapes.append({dim: ExportDim.AUTO for dim in dims if dim < tensor.dim()})
-    with warnings.catch_warnings(), _quiet(), custom_functions_refused(), _distributions_unchecked():
+    with (
+        warnings.catch_warnings(),
+        _quiet(),
+        custom_functions_refused(),
+        _distributions_unchecked(),
+        _masks_unread(),
+    ):
         warnings.simplefilter("ignore")
         try:
             with named_forward(model):

@@ -865,6 +865,40 @@ class TorchEncoder(nn.Module):
         return self.head(self.encoder(self.embedding(ids), mask=mask, is_causal=self.causal)[:, -1])
 
 
+class PositionalEncoding(nn.Module):
+    """Sines and cosines of the position in a buffer, added to the first entries."""
+
+    def __init__(self, width: int, length: int = 64) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(0.1)
+        position = torch.arange(length).unsqueeze(1)
+        rate = torch.exp(torch.arange(0, width, 2) * (-math.log(10000.0) / width))
+        table = torch.zeros(length, 1, width)
+        table[:, 0, 0::2] = torch.sin(position * rate)
+        table[:, 0, 1::2] = torch.cos(position * rate)
+        self.register_buffer("pe", table)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(x + self.pe[: x.size(0)])
+
+
+class SinusoidalTransformer(nn.Module):
+    """The language model of PyTorch's tutorial: positions in a buffer, sequence first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB, DIM)
+        self.positions = PositionalEncoding(DIM)
+        layer = nn.TransformerEncoderLayer(DIM, HEADS, 64, 0.1)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(DIM, VOCAB)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.positions(self.embedding(ids.T) * math.sqrt(DIM))
+        mask = nn.Transformer.generate_square_subsequent_mask(len(x))
+        return self.head(self.encoder(x, mask)).transpose(0, 1)
+
+
 class TorchTransformer(nn.Module):
     """The nn.Transformer of torch, with padding and causal masks."""
 
@@ -1097,6 +1131,7 @@ ENTRIES: tuple[Entry, ...] = (
     entry("torch_encoder_dropout", lambda: TorchEncoder(norm_first=True, p=0.1), tokens(), TRANSFORMER),
     entry("torch_encoder_causal", lambda: TorchEncoder(causal=True), tokens(), TRANSFORMER),
     entry("torch_transformer", TorchTransformer, pair, TRANSFORMER),
+    entry("transformer_sinusoidal", SinusoidalTransformer, tokens(), TRANSFORMER),
     entry("text_cnn", TextCNN, tokens(), TEXT),
     entry("text_mean", MeanText, padded, TEXT),
     entry("wavenet", WaveNet, dense(2, 4, 12), TEXT),
