@@ -385,59 +385,31 @@ def diversity_table(found: Results) -> list[str]:
     return lines
 
 
-COLOURS = ("#222222", "#1f77b4", "#2ca02c", "#d62728", "#9467bd", "#ff7f0e", "#17becf", "#8c564b")
+def draw(found: Results, title: str, place: Path) -> None:
+    """Test error over epochs: means over seeds on a logarithmic scale, merges marked by circles."""
+    import matplotlib
 
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "graphsplit"
+    from matplotlib import pyplot
 
-def curves(found: Results, title: str) -> str:
-    """Test error over epochs as SVG: means over seeds on a logarithmic scale, merges marked by circles."""
-    width, height, left, top = 720, 420, 60, 40
-    inner_width, inner_height = width - left - 260, height - top - 50
-    names = [name for name in found["runs"] if not name.startswith("Net2WiderNet")]
-    means = {
-        name: [
-            statistics.mean(run["errors"][i] for run in found["runs"][name]) for i in range(found["epochs"])
-        ]
-        for name in names
-    }
-    values = [max(value, 1e-4) for line in means.values() for value in line]
-    low, high = math.log10(min(values)), math.log10(max(values))
-
-    def place(epoch: int, value: float) -> tuple[float, float]:
-        share = (math.log10(max(value, 1e-4)) - low) / max(high - low, 1e-9)
-        return left + inner_width * epoch / found["epochs"], top + inner_height * (1 - share)
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
-        f'font-size="12"><rect width="{width}" height="{height}" fill="white"/>',
-        f'<text x="{left}" y="22" font-size="14">{title}</text>',
-        f'<path d="M{left} {top}V{top + inner_height}H{left + inner_width}" fill="none" stroke="#888"/>',
-    ]
-    for epoch in range(0, found["epochs"] + 1, max(1, found["epochs"] // 4)):
-        x, _ = place(epoch, 1)
-        parts.append(f'<text x="{x:.0f}" y="{top + inner_height + 18}" text-anchor="middle">{epoch}</text>')
-    parts.append(
-        f'<text x="{left + inner_width / 2:.0f}" y="{height - 10}" text-anchor="middle">epochs</text>'
-    )
-    for value in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5):
-        if low <= math.log10(value) <= high:
-            _, y = place(0, value)
-            parts.append(
-                f'<text x="{left - 6}" y="{y + 4:.0f}" text-anchor="end">{value:.0%}</text>'
-                f'<path d="M{left} {y:.1f}h{inner_width}" stroke="#ddd"/>'
-            )
-    for number, name in enumerate(names):
-        colour = COLOURS[number % len(COLOURS)]
-        points = [place(epoch + 1, value) for epoch, value in enumerate(means[name])]
-        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
+    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    for name in (name for name in found["runs"] if not name.startswith("Net2WiderNet")):
+        errors = [run["errors"][: found["epochs"]] for run in found["runs"][name]]
+        means = [statistics.mean(column) for column in zip(*errors, strict=True)]
         merge = int(name.removeprefix("merge at ")) if name.startswith("merge at ") else 0
-        if merge:
-            x, y = points[merge - 1]
-            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="white" stroke="{colour}"/>')
-        parts.append(
-            f'<text x="{left + inner_width + 15}" y="{top + 16 + 20 * number}" fill="{colour}">{name}</text>'
-        )
-    return "\n".join([*parts, "</svg>", ""])
+        axes.plot(
+            range(1, len(means) + 1), means, label=name, linewidth=1.4,
+            marker="o", markerfacecolor="white", markevery=[merge - 1] if merge else [],
+        )  # fmt: skip
+    axes.set(title=title, xlabel="epochs", ylabel="test error", yscale="log")
+    axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=0))
+    axes.yaxis.set_minor_formatter(matplotlib.ticker.PercentFormatter(1, decimals=0))
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(place, metadata={"Date": None})
+    pyplot.close(figure)
 
 
 def write(results: Results) -> None:
@@ -471,7 +443,7 @@ def write(results: Results) -> None:
             continue
         found = results[name]
         seeds = len(found["runs"]["full model"])
-        (RESULTS / f"{NAME}_{name}.svg").write_text(curves(found, title))
+        draw(found, title, RESULTS / f"{NAME}_{name}.svg")
         lines += [
             "", f"## {title}", "",
             f"{found['epochs']} epochs, {seeds} seeds, 1,437 images to train on, 360 to test (one of them is "
