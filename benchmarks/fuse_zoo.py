@@ -114,40 +114,43 @@ def main() -> None:
     looped: Counter[str] = Counter()
     wrong = untraced = 0
     start = time.perf_counter()
-    for name, entry in ZOO.items():
-        if options.only and name not in options.only:
-            continue
-        call = as_call(entry.inputs())
-        try:
-            program = gs.trace(entry.build(), *call)
-        except UserError as refusal:
-            untraced += 1
-            rows.append(
-                f"| {name} | refused by the tracer: {str(refusal)[:80]} |" + " |" * (len(options.k) + 3)
-            )
-            continue
-        fused = fuse([program] * first)
-        certificate = certify_fused(fused)
-        looped.update(fused.looped)
-        wrong += not certificate.ok
-        errors.append(certificate.max_error)
-        growth.append(len(fused.program.graph().nodes) / len(program.graph().nodes))
-        inputs = program.signature.flatten(*call)
-        cells = []
-        for k in options.k:
-            many = [program] * k
-            cost = fusion_cost(many, fuse(many).program, inputs, runs=options.rounds)
-            ratios[k].append(cost.speedup)
-            cells.append(f"{cost.speedup:.2f}")
-            if k == first:
-                apart = vmap_seconds([entry.build() for _ in range(k)], call, options.rounds)
-                by = "fails" if apart is None else f"{apart / cost.fused:.2f}"
-                if apart is not None:
-                    vmapped.append(apart / cost.fused)
-        ops = ", ".join(f"{op} ({count})" for op, count in sorted(fused.looped.items()))
-        error = f"{certificate.max_error:.1e}" + ("" if certificate.ok else " **wrong**")
-        rows.append(f"| {name} | {error} | {growth[-1]:.2f} | {' | '.join(cells)} | {by} | {ops} |")
-        print(rows[-1], flush=True)
+    try:
+        for name, entry in ZOO.items():
+            if options.only and name not in options.only:
+                continue
+            call = as_call(entry.inputs())
+            try:
+                program = gs.trace(entry.build(), *call)
+            except UserError as refusal:
+                untraced += 1
+                rows.append(
+                    f"| {name} | refused by the tracer: {str(refusal)[:80]} |" + " |" * (len(options.k) + 3)
+                )
+                continue
+            fused = fuse([program] * first)
+            certificate = certify_fused(fused)
+            looped.update(fused.looped)
+            wrong += not certificate.ok
+            errors.append(certificate.max_error)
+            growth.append(len(fused.program.graph().nodes) / len(program.graph().nodes))
+            inputs = program.signature.flatten(*call)
+            cells = []
+            for k in options.k:
+                many = [program] * k
+                cost = fusion_cost(many, fuse(many).program, inputs, runs=options.rounds)
+                ratios[k].append(cost.speedup)
+                cells.append(f"{cost.speedup:.2f}")
+                if k == first:
+                    apart = vmap_seconds([entry.build() for _ in range(k)], call, options.rounds)
+                    by = "fails" if apart is None else f"{apart / cost.fused:.2f}"
+                    if apart is not None:
+                        vmapped.append(apart / cost.fused)
+            ops = ", ".join(f"{op} ({count})" for op, count in sorted(fused.looped.items()))
+            error = f"{certificate.max_error:.1e}" + ("" if certificate.ok else " **wrong**")
+            rows.append(f"| {name} | {error} | {growth[-1]:.2f} | {' | '.join(cells)} | {by} | {ops} |")
+            print(rows[-1], flush=True)
+    except KeyboardInterrupt:
+        print(f"stopped after {len(rows)} models: the table has those", flush=True)
     options.out.write_text(
         TEXT.format(
             date=datetime.date.today(), torch=torch.__version__, python=platform.python_version(),
