@@ -616,20 +616,26 @@ def _write(module: nn.Module, numbers: Iterable[_Number]) -> None:
 
 
 def _improved(module: nn.Module, numbers: Sequence[_Number], check: _Check, case: _Case) -> bool:
-    """Change one number for the better; False where no other value of any is better."""
+    """Change one number for the better, or two near the difference; False where nothing is better."""
     seen = check.watch(module, case)
     place = seen.stopped if seen.stopped is not None else (seen.others[0] if seen.others else "")
-    for number in sorted(numbers, key=lambda number: not any(_related(path, place) for path in number.paths)):
-        before = number.value
-        for value in number.key[3]:
-            if _hashable(before) == value or check.runs > TRIALS:
-                continue
-            number.value = _like(before, value)
-            _write(module, [number])
+    near = [number for number in numbers if any(_related(path, place) for path in number.paths)]
+    far = [number for number in numbers if number not in near]
+    # Two at once, as heads and their width are: with one alone both give other values.
+    for tried in (*((number,) for number in (*near, *far)), *itertools.combinations(near, 2)):
+        before = [number.value for number in tried]
+        others = [[value for value in n.key[3] if value != _hashable(n.value)] for n in tried]
+        for values in itertools.product(*others):
+            if check.runs > TRIALS:
+                break
+            for number, old, value in zip(tried, before, values, strict=True):
+                number.value = _like(old, value)
+            _write(module, tried)
             if check.watch(module, case).count > seen.count or check.difference(module, [case]) is None:
                 return True
-        number.value = before
-        _write(module, [number])
+        for number, old in zip(tried, before, strict=True):
+            number.value = old
+        _write(module, tried)
     return False
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from graphsplit.graphs import copy_graph
 from graphsplit.program import TensorMeta, op_name
@@ -57,8 +58,11 @@ def retarget_graph(
         kwargs = {name: swap(argument) for name, argument in node.kwargs.items()}
         if _creates(node) and isinstance(value, TensorMeta) and dtype_of(value.dtype) != value.dtype:
             kwargs["dtype"] = dtype_of(value.dtype)
+        promoted = _promotes(node)
         node.kwargs = kwargs
         node.meta["value"] = tuple(map(swap, value)) if isinstance(value, tuple) else swap(value)
+        if promoted and dtype_of(value.dtype) != value.dtype:
+            _cast(copied, node, value, dtype_of(value.dtype))
     return copied
 
 
@@ -68,6 +72,45 @@ def _creates(node: fx.Node) -> bool:
         return False
     takes_dtype = any(argument.name == "dtype" for argument in node.target._schema.arguments)
     return takes_dtype and not any(isinstance(x.meta.get("value"), TensorMeta) for x in node.all_input_nodes)
+
+
+def _promotes(node: fx.Node) -> bool:
+    """Does an op make numbers of the default dtype from whole ones, such as ``arange(n) * 0.5``?"""
+    value = node.meta.get("value")
+    if node.op != "call_function" or not isinstance(value, TensorMeta) or not value.dtype.is_floating_point:
+        return False
+    operands = [x.meta["value"] for x in node.all_input_nodes if isinstance(x.meta.get("value"), TensorMeta)]
+    whole = all(not (x.dtype.is_floating_point or x.dtype.is_complex) for x in operands)
+    given = any(isinstance(x, torch.dtype) for x in pytree.tree_leaves((node.args, node.kwargs)))
+    cast = bool(node.users) and all(op_name(user) == "to.dtype" for user in node.users)
+    return bool(operands) and whole and not given and not cast
+
+
+def _cast(graph: fx.Graph, node: fx.Node, value: TensorMeta, dtype: torch.dtype) -> None:
+    """Let a node that makes numbers of whole ones give another dtype, of more digits from the start."""
+
+    def add(operand: fx.Node, meta: TensorMeta) -> fx.Node:
+        cast = graph.call_function(aten.to.dtype, (operand, dtype))
+        cast.meta |= {**node.meta, "value": replace(meta, dtype=dtype)}
+        return cast
+
+    whole = [x for x in node.all_input_nodes if _is_whole(x.meta.get("value"))]
+    if whole and dtype.itemsize > value.dtype.itemsize:
+        with graph.inserting_before(node):
+            for operand in whole:
+                node.replace_input_with(operand, add(operand, operand.meta["value"]))
+        return
+    with graph.inserting_after(node):
+        cast = add(node, value)
+    node.replace_all_uses_with(cast, lambda user: user is not cast)
+    node.meta["value"] = value
+
+
+def _is_whole(value: Any) -> bool:
+    """Is it a tensor of whole numbers?"""
+    if not isinstance(value, TensorMeta) or value.dtype is torch.bool:
+        return False
+    return not (value.dtype.is_floating_point or value.dtype.is_complex)
 
 
 def without_noise(graph: fx.Graph) -> fx.Graph:

@@ -1,6 +1,7 @@
 """Sub-models of the user's own class: equal to the graph form, usable as the user's class is, or refused."""
 
 import copy
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -214,6 +215,55 @@ def test_numbers_of_the_users_code_are_found_by_trial() -> None:
         assert module.head.weight is module.embed.weight
         assert module.blocks[0].sizes is module.sizes
     assert model.sizes == Sizes() and model.blocks[0].options["shape"] == (4, 4)
+
+
+class Heads(nn.Module):
+    """Attention whose number of heads and whose width of a head stand under short names."""
+
+    def __init__(self, width: int, h: int) -> None:
+        super().__init__()
+        self.h, self.d_k = h, width // h
+        self.layers = nn.ModuleList([nn.Linear(width, width) for _ in range(4)])
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.size(0)
+        q, k, v = (layer(x).view(n, -1, self.h, self.d_k).transpose(1, 2) for layer in self.layers[:3])
+        p = self.dropout((q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))).softmax(-1))
+        return self.layers[3]((p @ v).transpose(1, 2).contiguous().view(n, -1, self.h * self.d_k))
+
+
+def test_two_numbers_that_have_to_change_together() -> None:
+    """With one of them alone both reshape without an error, and give other values."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 16), Heads(16, 4), nn.Tanh(), nn.Linear(16, 2))
+    part = equal_to_graph(model, torch.randn(2, 5, 3))
+    assert {(module[1].h, module[1].d_k) for module in part.submodels} == {(2, 4)}
+
+
+class Translator(nn.Module):
+    """One table of positions for both streams, sequence first, as in PyTorch's tutorial."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.source, self.target = nn.Embedding(20, 16), nn.Embedding(20, 16)
+        self.register_buffer("table", torch.randn(50, 1, 16))
+        self.transformer = nn.Transformer(16, 4, 1, 1, 32, 0.1)
+        self.head = nn.Linear(16, 20)
+
+    def forward(self, a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
+        assert isinstance(self.table, Tensor)
+        a, b = (each + self.table[: each.size(0), :] for each in (self.source(a), self.target(b)))
+        return self.head(self.transformer(a, b, tgt_mask=mask))
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
+def test_a_table_of_positions_for_two_streams() -> None:
+    torch.manual_seed(0)
+    mask = nn.Transformer.generate_square_subsequent_mask(6)
+    part = equal_to_graph(Translator(), (torch.randint(20, (7, 2)), torch.randint(20, (6, 2)), mask))
+    assert part.analysis.kept_whole == ()
+    assert {module.table.shape for module in part.submodels} == {(50, 1, 8)}
 
 
 SHARED = Sizes(width=8, heads=2)

@@ -96,7 +96,7 @@ def test_partition_into_one_is_the_program_itself() -> None:
 
 
 class Positions(nn.Module):
-    """Two streams, and a table that is added to one of them, or to both."""
+    """Two streams, and a table that is added to one of them, or to both, of which one may have heads."""
 
     def __init__(self, uses: str) -> None:
         super().__init__()
@@ -114,15 +114,19 @@ class Positions(nn.Module):
         a = a + table
         if self.uses == "twice":
             a = torch.relu(a) + table
-        if self.uses == "both":
+        if self.uses in ("both", "heads"):
             b = torch.relu(b) + table
+        if self.uses == "heads":
+            b = b.unflatten(-1, (2, 4)).softmax(-1).flatten(-2)
         a = nn.functional.linear(a, self.mix.weight * self.mask)
         return self.head_a(torch.relu(a)) + self.head_b(torch.relu(b))
 
 
-@pytest.mark.parametrize(("uses", "is_cut"), [("once", True), ("twice", True), ("both", False)])
+@pytest.mark.parametrize(
+    ("uses", "is_cut"), [("once", True), ("twice", True), ("both", True), ("heads", False)]
+)
 def test_a_table_of_positions_is_dealt_out_with_the_units_that_it_meets(uses: str, is_cut: bool) -> None:
-    """One that two streams share is not, as their units would have to stay together; nor is a mask of weights."""
+    """One that streams of other units share is not, as theirs would have to stay together; nor is a mask of weights."""
     torch.manual_seed(0)
     model, x = Positions(uses).double(), torch.randn(4, 5, 3, dtype=torch.float64)
     part = gs.partition(model, x, k=2)

@@ -112,3 +112,27 @@ def test_one_example_is_varied_where_it_stands_twice() -> None:
     x = drawn(3, 5)
     signature = gs.trace(Sum(), (x,)).signature
     assert torch.equal(flat_inputs(signature, Example(None, (x,), {}))[0], x.double())
+
+
+def test_numbers_of_the_default_dtype_that_are_made_from_whole_ones() -> None:
+    """Timesteps times frequencies from ``arange``: in float64 they were float32 beside float64 weights."""
+
+    class Timed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+
+        def forward(self, t: Tensor) -> Tensor:
+            rates = torch.exp(torch.arange(4) * -0.7)
+            angles = t[:, None] * rates
+            return self.layers(torch.cat((angles.sin(), (t[:, None] / 3).expand(-1, 4)), -1))
+
+    part = gs.partition(Timed(), torch.arange(5), k=2)
+    certificate = part.verify()
+    assert certificate.ok, certificate
+    merged = part.merge().double()
+    assert merged(torch.arange(5)).dtype == torch.float64
+    nodes = len(merged.graph_of("eval").nodes)
+    merged.float().double()
+    assert len(merged.graph_of("eval").nodes) == nodes
+    assert merged(torch.arange(5)).dtype == torch.float64

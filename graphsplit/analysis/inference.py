@@ -236,10 +236,10 @@ class Inference:
                     facts.whole = facts.whole or "what the example inputs do not reach is kept whole"
 
     def tables(self) -> set[str]:
-        """Buffers whose every use meets the same units along one dimension, as one of positions does.
+        """Buffers whose every use meets as many units along one dimension, as one of positions does.
 
-        Their entries are dealt out with the units. One that is met along two dimensions, such as a mask on a
-        weight, has entries of no sub-model, which would be lost.
+        Their entries are dealt out with the units, and streams that share one are divided alike. One met
+        along two dimensions, such as a mask on a weight, has entries of no sub-model, which would be lost.
         """
         candidates = {
             name: [node for node in self.program.nodes() if node.op == "get_attr" and node.target == name]
@@ -254,7 +254,7 @@ class Inference:
             uses = [[ids for ids in met if component[ids].any()] for met in self._met(nodes)]
             if not uses or not all(len(met) == 1 and len(varying(met[0])) == 1 for met in uses):
                 return False
-            first, *others = (component[met[0]].ravel() for met in uses)
+            first, *others = (np.unique(component[met[0]], return_inverse=True)[1].ravel() for met in uses)
             return all(np.array_equal(first, other) for other in others)
 
         return {name for name, nodes in candidates.items() if is_table(nodes)}

@@ -46,14 +46,21 @@ def cut(inference: Inference, node: fx.Node, index: Any, position: int = 1) -> F
     x = node_arg(node)
     shape = inference.shape(x)
     dim = int(argument(node, position, "dim", 0)) % len(shape)
-    symbolic = isinstance(index, slice) and any(isinstance(v, fx.Node) for v in (index.start, index.stop))
+    if isinstance(index, slice) and any(isinstance(v, fx.Node) for v in (index.start, index.stop)):
+        return _cut_by_the_batch(inference, x, dim)
     factors = inference.factors(x)
-    if symbolic and any(ids.shape[dim] > 1 for ids in factors):
-        return whole(inference, node, "a slice along units whose bounds depend on the batch")
-    if symbolic:
-        index = slice(None)
     taken = tuple(_take(ids, dim, index) for ids in factors)
     return Facts(taken, linear=(x,), keeps_zero=True, whole=_alone(factors, taken))
+
+
+def _cut_by_the_batch(inference: Inference, x: fx.Node, dim: int) -> Facts:
+    """A slice whose bounds are sizes of inputs: what lies along it stays whole, the rest is as before."""
+    if inference.unset(x, dim):
+        inference.adopt(x, dim, None)
+    along = any(ids.shape[dim] > 1 for ids in inference.factors(x))
+    factors, _ = inference.hold(x, [dim])
+    reason = "a slice along units whose bounds depend on the batch" if along else None
+    return Facts(factors, linear=(x,), keeps_zero=True, whole=reason)
 
 
 ONE_UNIT = "one unit is taken by itself"
@@ -78,7 +85,8 @@ def narrow(inference: Inference, node: fx.Node) -> Facts:
     start: Any = node.args[2]
     length: Any = node.args[3]
     if isinstance(start, fx.Node) or isinstance(length, fx.Node):
-        return whole(inference, node, "a slice whose bounds depend on the batch")
+        x = node_arg(node)
+        return _cut_by_the_batch(inference, x, int(argument(node, 1, "dim", 0)) % len(inference.shape(x)))
     return cut(inference, node, slice(start, start + length))
 
 
