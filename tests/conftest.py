@@ -11,6 +11,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(1)
 
 
+LARGE = {"hub_t5", "swin"}
+"""Models that take a tenth of all time: `make test` divides them and leaves the rest to `make test-all`."""
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of one model of the zoo go to one worker (``--dist loadgroup``), which traces it once for all."""
@@ -19,3 +23,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         name = call.params.get("name") if call else None
         if isinstance(name, str):
             item.add_marker(pytest.mark.xdist_group(name))
+            if name in LARGE and item.path.name != "test_zoo.py":
+                item.add_marker(pytest.mark.zoo)
