@@ -1992,3 +1992,18 @@ def test_a_mask_is_not_read_to_see_whether_it_is_causal(given: bool) -> None:
         inputs["mask"] = nn.Transformer.generate_square_subsequent_mask(6)
     certificate = gs.partition(Translator(), inputs, k=2).verify()
     assert certificate.ok, certificate
+
+
+def test_packed_sequences_are_refused_with_what_to_write() -> None:
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = nn.LSTM(3, 4, batch_first=True)
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+            return nn.utils.rnn.pad_packed_sequence(self.lstm(packed)[0], batch_first=True)[0]
+
+    with pytest.raises(TraceError) as caught:
+        gs.trace(Tagger(), (torch.randn(2, 5, 3), torch.tensor([5, 3])))
+    assert "padded sequences" in (caught.value.hint or "")

@@ -15,6 +15,7 @@ from graphsplit.program import source_of
 from graphsplit.untouched import copies_of, set_tensors, tensors_of, untouched
 
 _HOOKS = ("register_hook", "register_post_accumulate_grad_hook")
+_PACKING = {"pack_padded_sequence", "pad_packed_sequence", "pack_sequence"}
 _TRANSFORMS = tuple(f"/torch/_functorch/{name}.py" for name in ("apis", "eager_transforms", "vmap"))
 _ASIDE = "take it off while the model is traced, and put it on the modules that are made"
 
@@ -138,11 +139,17 @@ def refuse_transforms(graphs: Sequence[fx.Graph]) -> None:
 
 def way_out(model: nn.Module, error: Exception) -> str:
     """What a user can do where torch.export gives up."""
-    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    frames = traceback.extract_tb(error.__traceback__)
+    files = [frame.filename for frame in frames]
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         return "a part of the model is a TorchScript module: give the Python module that it was made from"
     if any(file.endswith(_TRANSFORMS) for file in files):
         return "write what a transform of torch.func does with ordinary ops, or move it out of forward"
+    if any(frame.name in _PACKING or "packed" in (frame.line or "") for frame in frames):
+        return (
+            "packed sequences have sizes that depend on values: run the layer on padded sequences, and leave "
+            "out what lies beyond the lengths in the loss, or by a mask"
+        )
     return (
         "control flow that depends on tensor values has to become torch.where or torch.cond, "
         "or move out of the part to be split"
