@@ -142,3 +142,25 @@ def test_a_table_of_positions_is_dealt_out_with_the_units_that_it_meets(uses: st
     merged = part.merge().state_dict()
     assert torch.equal(merged["table"], model.state_dict()["table"])
     assert torch.equal(merged["mask"], model.state_dict()["mask"])
+
+
+def test_learned_queries_that_attend_to_each_other_are_no_units() -> None:
+    """Their features are: rows that attention mixes are in every sub-model, and hold nothing else together."""
+
+    class Queries(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.queries = nn.Parameter(torch.randn(10, 1, 16))
+            self.embed = nn.Linear(3, 16)
+            self.decoder = nn.TransformerDecoderLayer(16, 4, 32)
+            self.head = nn.Linear(16, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.decoder(self.queries.repeat(1, x.size(1), 1), self.embed(x)))
+
+    torch.manual_seed(0)
+    part = gs.partition(Queries(), torch.randn(6, 2, 3), k=2)
+    certificate = part.verify()
+    assert certificate.ok, certificate
+    counts, full = part.plan.parameter_counts(), part.plan.full_parameter_count()
+    assert max(counts) < 0.3 * full

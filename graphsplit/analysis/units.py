@@ -54,6 +54,7 @@ class UnitBuilder:
     k: int
     count: int = 1
     _whole: dict[tuple[int, ...], Ids] = field(default_factory=dict)
+    _known: NDArray[np.bool_] = field(default_factory=lambda: np.ones(1, bool))
     _left: list[Ids] = field(default_factory=list)
     _right: list[Ids] = field(default_factory=list)
 
@@ -75,6 +76,9 @@ class UnitBuilder:
         """These units are in every sub-model."""
         self._whole[factor_key(ids)] = ids
         flat = ids.ravel()
+        if self._known.size < self.count:
+            self._known = np.append(self._known, np.zeros(2 * self.count - self._known.size, bool))
+        self._known[flat] = True
         self._left.append(flat)
         self._right.append(np.zeros_like(flat))
 
@@ -84,8 +88,10 @@ class UnitBuilder:
         return len(self._whole)
 
     def is_shared(self, ids: Ids) -> bool:
-        """True for a factor that `share` was told of."""
-        return factor_key(ids) in self._whole
+        """True for a factor of units that `share` was told of, of this factor or another of the same."""
+        if factor_key(ids) in self._whole:
+            return True
+        return bool(ids.size) and int(ids.max()) < self._known.size and bool(self._known[ids].all())
 
     def tie(self, ids: Ids, dims: Sequence[int]) -> Ids:
         """Units that differ only along ``dims`` become one; returns the factor without these dimensions."""
