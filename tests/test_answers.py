@@ -13,6 +13,7 @@ import graphsplit as gs
 from graphsplit.answers import Answers, answers_by_shape, answers_for, probabilities
 from graphsplit.ensembles import LeastSquares, combined, margin_weights
 from graphsplit.errors import UserError
+from graphsplit.passes import Pipeline
 from graphsplit.train import misclassified
 
 
@@ -348,6 +349,22 @@ def test_only_the_main_output_is_of_probabilities(traced: bool) -> None:
     if traced:
         assert team.verify().ok
         torch.testing.assert_close(gs.emit(team.program())(x)["hidden"], team(x)["hidden"])
+
+
+def test_the_pass_is_told_what_is_averaged() -> None:
+    torch.manual_seed(0)
+    x = scores(5, 6).float()
+    program = gs.trace(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 1)), x)
+    (found,) = Pipeline.parse('partition(k=2) | ensemble(average="binary")')(program).items
+    parts = gs.partition(program, k=2).submodels
+    mean = sum(part.eval()(x).sigmoid() for part in parts) / 2
+    torch.testing.assert_close(gs.emit(found).eval()(x).sigmoid(), mean)
+    for average, text in (
+        ("probabilities", "single class"),
+        ("scores", "average is 'scores', expected one of"),
+    ):
+        with pytest.raises(UserError, match=text):
+            Pipeline.parse(f'partition(k=2) | ensemble(average="{average}")')(program)
 
 
 def test_answers_have_to_be_some() -> None:
