@@ -748,7 +748,7 @@ def test_targets_that_are_probabilities(case: str, average: str) -> None:
     x = data()[0]
     given = x, targets(x)
     if average == "outputs":
-        with pytest.raises(UserError, match=r"falls without end.*'values'.*answers=.*pseudo_loss="):
+        with pytest.raises(UserError, match=r"falls without end.*real numbers.*answers=.*pseudo_loss="):
             settings().run(net, given, loss)
     training = settings(answers=kind, average=average, rounds=8, tau=12)
     found = training.run(net, given, loss, test=[given], error=None)
@@ -866,6 +866,39 @@ def test_losses_that_fall_without_end(
     loss: Callable[..., Tensor], kind: Any, bounded: bool, shape: tuple[int, ...]
 ) -> None:
     assert is_bounded(loss, torch.randn(shape, generator=torch.Generator().manual_seed(0)), kind) == bounded
+
+
+def test_a_loss_that_was_made_for_answers_is_trusted() -> None:
+    """It may be bounded on what the model can give alone, here logarithms of probabilities."""
+    build = lambda: nn.Sequential(net(), nn.LogSoftmax(1))  # noqa: E731
+    found = settings().run(build, data(), F.nll_loss, pseudo_loss=lambda o, a: -(o * a).sum(1).mean())
+    same_said = settings().run(build, data(), F.nll_loss, pseudo_loss=F.cross_entropy)
+    for one, two in zip(found.local_model.parameters(), same_said.local_model.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+def test_complex_values() -> None:
+    x = data()[0]
+    given = x, torch.fft.fft(x[:, :3])
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs - targets).abs().square().mean()
+
+    build = lambda: Spectrum(nn.Linear(5, 3))  # noqa: E731
+    found = settings(rounds=6, tau=12).run(build, given, loss, test=[given])
+    losses = [record.test_loss for record in found.rounds]
+    assert losses[-1] is not None and losses[0] is not None and losses[-1] < 0.5 * losses[0]
+
+
+class Spectrum(nn.Module):
+    """Gives complex numbers."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.fft.fft(self.head(x))
 
 
 def test_a_model_that_gives_probabilities() -> None:

@@ -300,7 +300,8 @@ FAR = 1e3
 def is_bounded(loss: Metric, outputs: Tensor, answers: Answers, seed: int = 0) -> bool:
     """False where a loss of outputs of this shape is shown to fall without end towards others' answers.
 
-    True is no proof. Of outputs that are probabilities themselves nothing is asked.
+    True is no proof. Of outputs that are probabilities themselves nothing is asked. Losses of outputs that
+    have bounds of another kind, as logarithms of probabilities have, may be bounded in spite of it.
     """
     if _within_one(outputs):
         return True
@@ -326,4 +327,4 @@ def is_bounded(loss: Metric, outputs: Tensor, answers: Answers, seed: int = 0) -
 
 def _within_one(outputs: Tensor) -> bool:
     """True where all outputs are between 0 and 1: there are losses that take no others, and stop a GPU."""
-    return bool(((outputs > 0) & (outputs < 1)).all())
+    return not outputs.is_complex() and bool(((outputs > 0) & (outputs < 1)).all())

@@ -361,7 +361,7 @@ class Run:
         simple = settings.weights == "simple" and settings.average == "outputs"
         if settings.method == "ec" or not simple:
             trial = trial.decided()
-        if settings.compression_steps and settings.beta:
+        if settings.compression_steps and settings.beta and settings.answers is None:
             trial.check_bounded()
         if not simple:
             self._weighted(trial)

@@ -80,17 +80,21 @@ class Trial:
         return replace(self, answers=answers)
 
     def check_bounded(self) -> None:
-        """Refuse a loss that runs away when it follows answers, as scores do that are taken for targets.
+        """Refuse a loss that runs away when values stand for its targets, as scores for probabilities do.
+
+        A loss that the user made for answers is trusted.
 
         Raises:
             UserError: It has no smallest value.
         """
-        assert self.answers is not None
-        if not is_bounded(self._of_main(self.task.pseudo_loss), self.main, self.answers):
+        task = self.task
+        if self.answers != "values" or task.pseudo_loss is not task.loss:
+            return
+        if not is_bounded(self._of_main(task.loss), self.main, "values"):
             raise UserError(
-                f"the loss falls without end towards answers that are {self.answers!r}",
-                hint="say by answers= what outputs are, where targets are probabilities: 'binary' (sigmoid), "
-                "'classes' or 'classes_last' (softmax); or give pseudo_loss=",
+                "the loss falls without end where outputs as they are stand for real numbers as targets",
+                hint="where targets are probabilities, say by answers= what outputs are: 'binary' (sigmoid), "
+                "'classes' or 'classes_last' (softmax); else give pseudo_loss=, or answers='values'",
             )
 
     def warn(self) -> None:
