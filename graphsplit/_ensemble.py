@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from graphsplit._fuse import fuse, listed
+from graphsplit.answers import Answers, checked_answers
 from graphsplit.bundle import EnsembleBundle, program_of
 from graphsplit.emission import ProgramModule, emit
-from graphsplit.ensembles import Average, Body, Ensemble, InTurn, Rule, check_alike, least_squares
+from graphsplit.ensembles import (
+    Average,
+    Averaged,
+    Ensemble,
+    InTurn,
+    Rule,
+    averaged,
+    check_alike,
+    check_averaged,
+    least_squares,
+)
 from graphsplit.errors import PlanError, UnsupportedError, UserError
 from graphsplit.program import Program
 from graphsplit.tracing import trace
@@ -30,6 +42,7 @@ def ensemble(
     *,
     data: Batches | None = None,
     average: Average = "outputs",
+    answers: Answers | None = None,
 ) -> Ensemble:
     """K models as one module, whose output is the weighted sum of theirs; it takes over a copy of them.
 
@@ -45,12 +58,17 @@ def ensemble(
             be fused, verified, exported or saved as a bundle.
         kwargs: Further example inputs by keyword.
         data: Batches of inputs and targets, for regression.
-        average: ``"outputs"``, as they are; or ``"probabilities"``: the softmax of the outputs is averaged,
-            and scores are given, its logarithm. Weights are not negative there.
+        average: ``"outputs"``, as they are; or ``"probabilities"``: those that the first tensor of outputs
+            stands for are averaged, and scores are given, their logarithm. Weights are not negative there.
+        answers: What outputs are, where targets and shapes cannot tell: ``"classes"``, scores with classes
+            in dimension 1, as `torch.nn.functional.cross_entropy` has them (softmax); ``"classes_last"``, in
+            the last one, as sequence models have them; ``"binary"``, a score of yes or no in every number
+            (sigmoid); or ``"values"``.
 
     Raises:
         PlanError: There are no models, or not as many weights.
-        UserError: Weights need data, or cannot be used so; what is given is no list of models.
+        UserError: Weights need data, or cannot be used so; what is given is no list of models; it is not
+            known what outputs are, or they give nothing to average.
         InputError: The models differ in inputs or outputs.
         TraceError, UnsupportedError: A model cannot be traced.
 
@@ -64,16 +82,24 @@ def ensemble(
         raise PlanError("there are no models to make an ensemble of")
     if average not in get_args(Average):
         raise UserError(f"average is {average!r}, expected 'outputs' or 'probabilities'")
+    checked_answers(answers)
     if isinstance(weights, str) and weights not in get_args(Weights):
         raise UserError(
             f"there are no weights {weights!r}", hint=f"give {', '.join(get_args(Weights))}, or K numbers"
         )
     given = bool(kwargs) or not (args is None or (isinstance(args, (tuple, list)) and not args))
-    body = _body(models, args, kwargs, given=given)
+    settled = averaged("outputs" if weights == "regression" else average, answers)  # else the data tell
+    body = _body(models, args, kwargs, settled, given=given)
     k = len(models)
     rule: Rule = "given"
     if not isinstance(weights, str):
-        values = _checked(torch.as_tensor(weights, dtype=torch.float64), k, average)
+        values = _checked(_numbers(weights), k, average)
+        untraced = not given and not all(isinstance(model, (Program, ProgramModule)) for model in models)
+        if isinstance(weights, Tensor) and untraced and abs(float(values.sum()) - 1) > 1e-3:
+            warnings.warn(
+                f"a tensor of sum {float(values.sum()):.3g} is taken as weights; example inputs are args=",
+                stacklevel=2,
+            )
     else:
         rule = weights
         values = torch.full((k,), 1 / k, dtype=torch.float64)
@@ -83,10 +109,28 @@ def ensemble(
                     "regression weights need data", hint="give data=, batches of inputs and targets"
                 )
             with evaluating(body):
-                values = least_squares(cast(Body, body), data, k, average)
-    first = next((tensor for tensor in body.parameters() if tensor.dtype.is_floating_point), torch.zeros(()))
-    made = Ensemble(body, values.to(first), rule, average)
+                sums = least_squares(body, data, k, average, answers)
+            values, answers = sums.weights(), sums.answers
+    made = Ensemble(body, values, rule, average, answers)
     return made.train(all(model.training for model in models if isinstance(model, nn.Module)))
+
+
+def _numbers(weights: Any) -> Tensor:
+    """Weights that the user gave, in float64.
+
+    Raises:
+        UserError: They are no numbers.
+    """
+    try:
+        found = torch.as_tensor(weights)
+        if not found.is_complex():
+            return found.to(torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    raise UserError(
+        f"weights are a {type(weights).__name__}, and no list of real numbers",
+        hint=f"give one for each model, or {', '.join(get_args(Weights))}; example inputs are args=",
+    )
 
 
 def _checked(weights: Tensor, k: int, average: Average) -> Tensor:
@@ -103,7 +147,12 @@ def _checked(weights: Tensor, k: int, average: Average) -> Tensor:
 
 
 def _body(
-    models: Sequence[nn.Module | Program], args: Any, kwargs: Mapping[str, Any] | None, *, given: bool
+    models: Sequence[nn.Module | Program],
+    args: Any,
+    kwargs: Mapping[str, Any] | None,
+    average: Averaged,
+    *,
+    given: bool,
 ) -> nn.Module:
     """The members, fused where that can be."""
     traced = [_traced(model, args, kwargs, given=given) for model in models]
@@ -112,6 +161,7 @@ def _body(
     if len(known) < len(models):
         return InTurn(traced)
     check_alike(known)
+    check_averaged(known[0], average)
     try:
         return fuse(known)
     except UnsupportedError:  # they are of different architectures
@@ -140,6 +190,5 @@ def from_bundle(found: EnsembleBundle) -> Ensemble:
     options = found.options
     body = fuse(found.members) if options["fused"] else InTurn([emit(program) for program in found.members])
     weights = torch.tensor(found.weights, dtype=torch.float64)
-    first = next((tensor for tensor in body.parameters() if tensor.dtype.is_floating_point), torch.zeros(()))
-    made = Ensemble(body, weights.to(first), options["rule"], options["average"])
+    made = Ensemble(body, weights, options["rule"], options["average"], options.get("answers"))
     return made.train(options["training"] is True)

@@ -188,6 +188,11 @@ def leaf_names(tree: Any, prefix: str = "") -> list[str]:
     return [prefix + pytree.keystr(path) for path, _ in paths]
 
 
+def copied(values: Any) -> Any:
+    """The same with a copy of every tensor, for a model that may change its inputs in place."""
+    return pytree.tree_map_only(Tensor, Tensor.clone, values)
+
+
 def as_call(args: Any, kwargs: Mapping[str, Any] | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Normalise example inputs: a tensor, a tuple or list of arguments, or a dict by keyword."""
     if kwargs is None:

@@ -15,12 +15,12 @@ The architectures may differ, as those of sub-models of unlike shares do; inputs
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 import torch
 
-from graphsplit.ensembles import Average, weighted
-from graphsplit.errors import PlanError
+from graphsplit.ensembles import Averaged, weighted
+from graphsplit.errors import PlanError, UserError
 from graphsplit.passes.base import Pass, PassResult, Programs
 
 
@@ -30,12 +30,13 @@ class Ensemble(Pass):
 
     Attributes:
         weights: One for each program; by default 1 / K.
-        average: ``"outputs"``, or ``"probabilities"`` for their softmax over the classes.
+        average: ``"outputs"``, or ``"probabilities"`` for those that they stand for; where the shape cannot
+            tell which, what outputs are: ``"classes"``, ``"classes_last"`` or ``"binary"``.
     """
 
     name: ClassVar[str] = "ensemble"
     weights: tuple[float, ...] = ()
-    average: Average = "outputs"
+    average: Averaged = "outputs"
 
     def run(self, programs: Programs) -> PassResult:
         """Join all there are."""
@@ -43,4 +44,6 @@ class Ensemble(Pass):
             raise PlanError("layer groups run one after the other, and are no ensemble")
         k = len(programs.items)
         weights = torch.tensor(self.weights or (1 / k,) * k, dtype=torch.float64)
+        if self.average not in get_args(Averaged):
+            raise UserError(f"average is {self.average!r}, expected one of {', '.join(get_args(Averaged))}")
         return PassResult(Programs((weighted(programs.items, weights, self.average),)), modified=True)

@@ -20,7 +20,7 @@ from graphsplit.errors import UserError
 from graphsplit.train.exchange import Together
 from graphsplit.train.learner import Learning
 from graphsplit.train.panel import Panel
-from graphsplit.train.replicas import Labels, Replica, Task, is_convex, tensors_of
+from graphsplit.train.replicas import Labels, Replica, Task, is_bounded, is_convex, tensors_of
 from graphsplit.train.rounds import Run
 from graphsplit.train.sharding import Examples, ShardSampler, deal
 from laws import script
@@ -690,6 +690,313 @@ def test_replicas_of_different_shapes_are_refused() -> None:
         UserError, match=r"replica of worker 1 has head.weight of shape \[5, 5\], and that of worker 0"
     ):
         settings().run(Growing, data(), F.cross_entropy)
+
+
+# What outputs are
+
+
+def test_diversity_of_yes_and_no_follows_equation_9() -> None:
+    """Scores of several labels each: the distance is between their probabilities, the mean over all."""
+    x, _ = data(dtype=torch.float64)
+    y = (x[:, :3] > 0).long()
+    own, others = plain(), [plain(), plain()]
+
+    def loss(scores: Tensor, y: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(scores, y.double())
+
+    task = Task(Examples((x, y)), loss, loss, torch.device("cpu"), 0, 8, torch.float64)
+    worker = Replica(0, copy.deepcopy(own), Learning(optimizer=sgd(0.5)), task, range(30))
+    sampler = task.local(0, range(30), 0, 1)
+    (chosen,) = sampler
+    mean = answers(worker, sampler, others, torch.full((2,), 0.5))
+    target = ((others[0](x[chosen]) + others[1](x[chosen])) / 2).sigmoid().detach()
+    torch.testing.assert_close(mean.of(chosen), target)
+    worker.train(0, 1, 0.7, mean)
+    scores = own(x[chosen])
+    whole = loss(scores, y[chosen]) - 0.7 * (scores.sigmoid() - target).square().mean()
+    gradients = torch.autograd.grad(whole, list(own.parameters()))
+    for moved, parameter, gradient in zip(
+        worker.model.parameters(), own.parameters(), gradients, strict=True
+    ):
+        torch.testing.assert_close(moved, parameter - 0.5 * gradient, rtol=1e-12, atol=1e-12)
+
+
+def test_regression_of_many_outputs_does_not_run_away() -> None:
+    """There is no diversity of values, whose distance has no bound."""
+    torch.manual_seed(0)
+    x = torch.randn(90, 5)
+    given = x, x @ torch.randn(5, 20)
+    build = lambda: nn.Linear(5, 20)  # noqa: E731
+    found = settings(rounds=12, tau=30, p=0.2).run(build, given, F.mse_loss, test=[given])
+    losses = [record.test_loss for record in found.rounds]
+    assert losses[-1] is not None and losses[0] is not None and losses[-1] < 0.01 * losses[0]
+    with pytest.raises(UserError, match=r"diversity 0.1 is of distances of probabilities.*diversity=0"):
+        settings(diversity=0.1).run(build, given, F.mse_loss)
+
+
+SOFT: dict[str, tuple[gs.answers.Answers, Callable[[Tensor], Tensor], Callable[..., Tensor]]] = {
+    "yes and no": ("binary", lambda x: (x[:, :3] > 0).float(), F.binary_cross_entropy_with_logits),
+    "vectors with a one": ("classes", lambda x: F.one_hot(x[:, :3].argmax(1)).float(), F.cross_entropy),
+}
+
+
+@pytest.mark.parametrize("case", SOFT)
+@pytest.mark.parametrize("average", ["outputs", "probabilities"])
+def test_targets_that_are_probabilities(case: str, average: str) -> None:
+    """Real numbers do not tell: taken for values, scores would stand for probabilities, and run away."""
+    kind, targets, loss = SOFT[case]
+    x = data()[0]
+    given = x, targets(x)
+    if average == "outputs":
+        with pytest.raises(UserError, match=r"falls without end.*real numbers.*answers=.*pseudo_loss="):
+            settings().run(net, given, loss)
+    training = settings(answers=kind, average=average, rounds=8, tau=12)
+    found = training.run(net, given, loss, test=[given], error=None)
+    losses = [record.test_loss for record in found.rounds]
+    assert losses[-1] is not None and losses[0] is not None and losses[-1] < 0.8 * losses[0]
+    if kind == "binary" and average == "outputs":
+        same_said = settings(rounds=8, tau=12, diversity=0.0)
+        own = same_said.run(net, given, loss, pseudo_loss=lambda o, g: loss(o, g.sigmoid()))
+        other = dataclasses.replace(same_said, answers=kind, keep=torch.float32).run(net, given, loss)
+        for one, two in zip(own.local_model.parameters(), other.local_model.parameters(), strict=True):
+            torch.testing.assert_close(one, two, rtol=0.05, atol=0.005)
+
+
+@pytest.mark.parametrize("columns", [1, 3])
+def test_whole_numbers_of_the_shape_of_outputs_are_yes_and_no(columns: int) -> None:
+    seen: list[Tensor] = []
+    x = data()[0]
+    given = x, (x[:, :columns] > 0).long()
+
+    def loss(scores: Tensor, y: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(scores, y.float())
+
+    def following(scores: Tensor, answers: Tensor) -> Tensor:
+        seen.append(answers)
+        return loss(scores, answers)
+
+    build = lambda: nn.Linear(5, columns)  # noqa: E731
+    found = settings(rounds=6, tau=12, alpha=0.3, beta=0.7, optimizer=sgd(1.0)).run(
+        build, given, loss, pseudo_loss=following, test=[given], error=gs.train.misclassified,
+        on_round=lambda record: None if record.number else seen.clear(),
+    )  # fmt: skip
+    labels = torch.cat(seen)
+    assert float(labels.min()) < 0.2 and float(labels.max()) > 0.8
+    assert found.rounds[-1].test_error is not None and found.rounds[-1].test_error < 0.1
+    if columns > 1:
+        assert not torch.allclose(labels.sum(1), torch.ones(len(labels)), atol=1e-2)
+
+
+@pytest.mark.parametrize("average", ["outputs", "probabilities"])
+@pytest.mark.parametrize("weights", ["simple", "margin", "regression"])
+def test_classes_in_dimension_one_of_sequences(average: str, weights: str) -> None:
+    """As `F.cross_entropy` has them; no softmax is over time."""
+    torch.manual_seed(0)
+    x = torch.randn(60, 2, 7)
+    given, seen = (x, (x[:, 0] > 0).long()), []
+
+    def following(scores: Tensor, answers: Tensor) -> Tensor:
+        seen.append(answers.sum(1))
+        return F.cross_entropy(scores, answers)
+
+    found = settings(average=average, weights=weights, keep=torch.float32, mu=1.0).run(
+        lambda: nn.Conv1d(2, 3, 3, padding=1), given, F.cross_entropy,
+        pseudo_loss=following, test=[given], error=gs.train.misclassified,
+        on_round=lambda record: None if record.number else seen.clear(),
+    )  # fmt: skip
+    torch.testing.assert_close(torch.cat(seen), torch.ones_like(torch.cat(seen)))
+    used = found.rounds[-1].weights
+    with torch.no_grad():
+        each = torch.stack([w * (m(x).softmax(1) if average == "probabilities" else m(x))
+                            for w, m in zip(used, found.members, strict=True)]).sum(0)  # fmt: skip
+        mixed = each.log() if average == "probabilities" else each
+        expected = F.cross_entropy(mixed, given[1]).item(), gs.train.misclassified(mixed, given[1]).item()
+    assert (found.rounds[-1].test_loss, found.rounds[-1].test_error) == pytest.approx(expected, abs=1e-5)
+
+
+class Tokens(nn.Module):
+    """Scores ``[N, T, C]`` of the next token."""
+
+    def __init__(self, classes: int = 5) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(5, 8), nn.Linear(8, classes)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.embedding(tokens))
+
+
+def next_token(scores: Tensor, targets: Tensor) -> Tensor:
+    """Takes classes ``[N, T]``, and answers ``[N, T, C]``."""
+    return F.cross_entropy(scores.movedim(-1, 1), targets.movedim(-1, 1) if targets.dim() == 3 else targets)
+
+
+@pytest.mark.parametrize("weights", ["simple", "margin", "regression"])
+def test_classes_in_the_last_dimension_of_sequences(weights: str) -> None:
+    tokens = torch.randint(0, 5, (60, 7), generator=torch.Generator().manual_seed(0))
+    given = tokens, (tokens + 1) % 5
+    training = settings(weights=weights, rounds=6, tau=20, optimizer=sgd(2.0), average="probabilities")
+    found = training.run(Tokens, given, next_token, test=[given], error=gs.train.misclassified)
+    assert found.rounds[-1].test_error == 0
+    square = tokens[:, :5], given[1][:, :5]
+    with pytest.raises(UserError, match=r"dimension 1 or in the last one.*answers='classes_last'"):
+        training.run(Tokens, square, next_token)
+    dataclasses.replace(training, answers="classes_last").run(Tokens, square, next_token)
+
+
+@pytest.mark.parametrize(
+    ("loss", "kind", "bounded"),
+    [
+        (F.cross_entropy, "classes", True),
+        (F.cross_entropy, "values", False),
+        (lambda o, t: F.cross_entropy(o, t, label_smoothing=0.1), "classes", True),
+        (lambda o, t: F.cross_entropy(o, t, weight=torch.tensor([0.1, 1.0, 9.0])), "classes", True),
+        (lambda o, t: F.cross_entropy(o, t, reduction="sum"), "classes", True),
+        (F.binary_cross_entropy_with_logits, "binary", True),
+        (F.binary_cross_entropy_with_logits, "values", False),
+        (lambda o, t: F.binary_cross_entropy_with_logits(o, t.sigmoid()), "values", True),
+        (F.mse_loss, "values", True),
+        (F.l1_loss, "values", True),
+        (F.huber_loss, "values", True),
+        (F.poisson_nll_loss, "values", False),
+        (F.binary_cross_entropy, "values", True),
+    ],
+)
+@pytest.mark.parametrize("shape", [(8, 3), (200, 3)])
+def test_losses_that_fall_without_end(
+    loss: Callable[..., Tensor], kind: Any, bounded: bool, shape: tuple[int, ...]
+) -> None:
+    assert is_bounded(loss, torch.randn(shape, generator=torch.Generator().manual_seed(0)), kind) == bounded
+
+
+def test_a_loss_that_was_made_for_answers_is_trusted() -> None:
+    """It may be bounded on what the model can give alone, here logarithms of probabilities."""
+    build = lambda: nn.Sequential(net(), nn.LogSoftmax(1))  # noqa: E731
+    found = settings().run(build, data(), F.nll_loss, pseudo_loss=lambda o, a: -(o * a).sum(1).mean())
+    same_said = settings().run(build, data(), F.nll_loss, pseudo_loss=F.cross_entropy)
+    for one, two in zip(found.local_model.parameters(), same_said.local_model.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+def test_complex_values() -> None:
+    x = data()[0]
+    given = x, torch.fft.fft(x[:, :3])
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs - targets).abs().square().mean()
+
+    build = lambda: Spectrum(nn.Linear(5, 3))  # noqa: E731
+    found = settings(rounds=6, tau=12).run(build, given, loss, test=[given])
+    losses = [record.test_loss for record in found.rounds]
+    assert losses[-1] is not None and losses[0] is not None and losses[-1] < 0.5 * losses[0]
+
+
+class Spectrum(nn.Module):
+    """Gives complex numbers."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.fft.fft(self.head(x))
+
+
+def test_a_model_that_gives_probabilities() -> None:
+    """Losses that take nothing else are tried on nothing else."""
+    x = data()[0]
+    given = x, (x[:, :1] > 0).float()
+    build = lambda: nn.Sequential(nn.Linear(5, 1), nn.Sigmoid())  # noqa: E731
+    found = settings(rounds=6, tau=12).run(build, given, F.binary_cross_entropy, test=[given])
+    assert found.rounds[-1].test_loss is not None and found.rounds[-1].test_loss < 0.5
+    outputs = torch.full((4, 1), 0.5)
+    assert is_convex(F.binary_cross_entropy, outputs, torch.ones(4, 1))
+    assert not is_convex(lambda o, t: (o - 0.5).square().neg().sum(), outputs, torch.ones(4, 1))
+
+
+@pytest.mark.parametrize(
+    ("targets", "changes", "text"),
+    [
+        (lambda y: y[:, None], {}, r"does not take outputs float32\[8, 3\] with targets int64\[8, 1\]"),
+        (lambda y: y.float(), {}, r"does not take .* with targets float32\[8\]: "),
+        (lambda y: y + 1, {}, r"does not take .* Target 3 is out of bounds"),
+        (lambda y: F.one_hot(y, 3).float(), {"weights": "margin", "answers": "classes"}, "margins are for"),
+        (lambda y: y, {"answers": "scores"}, "answers is 'scores', expected one of"),
+        (lambda y: y, {"answers": "values", "average": "probabilities", "p": 0}, "have no probabilities"),
+    ],
+)
+def test_targets_that_do_not_fit(
+    targets: Callable[[Tensor], Tensor], changes: dict[str, Any], text: str
+) -> None:
+    x, y = data()
+    with pytest.raises(UserError, match=text):
+        settings(**changes).run(net, (x, targets(y)), F.cross_entropy)
+
+
+class Spoiling(nn.Module):
+    """Changes its input in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x.mul_(2))
+
+
+def test_inputs_that_members_change_are_copies() -> None:
+    x, y = data(40)
+    before = x.clone()
+    found = settings(rounds=2).run(Spoiling, data(), F.cross_entropy, test=[(x, y)])
+    assert torch.equal(x, before)
+    with torch.no_grad():
+        outputs = [member.head(2 * x) for member in found.members]
+    losses = [float(F.cross_entropy(scores, y)) for scores in outputs]
+    assert found.rounds[-1].local_losses == pytest.approx(losses, rel=1e-5)
+    mean = sum(outputs) / 3
+    assert found.rounds[-1].test_loss == pytest.approx(float(F.cross_entropy(mean, y)), rel=1e-5)
+    torch.testing.assert_close(found.global_model.eval()(x), mean)
+    assert torch.equal(x, before)
+
+
+class Table(nn.Module):
+    """Makes a table in forward, anew when a batch is larger."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.scale = nn.Linear(5, 3), nn.Parameter(torch.ones(5))
+        self.table: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.table is None or len(self.table) < len(x):
+            self.table = torch.arange(len(x)).float()[:, None].cos()
+        return self.head(x * self.scale * self.table[: len(x)])
+
+
+class Counting(nn.Module):
+    """Writes a buffer whenever it is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(5, 3)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.head(x)
+
+
+def test_buffers_that_are_written_in_eval_mode_are_warned_of() -> None:
+    with pytest.warns(UserWarning, match="forward writes calls in eval mode, too"):
+        settings(rounds=1).run(Counting, data(), F.cross_entropy)
+
+
+def test_weights_by_regression_are_in_float64() -> None:
+    x, y = data(dtype=torch.float64)
+    found = settings(weights="regression", mu=1.0, rounds=1, p=0.5).run(plain, (x, y), F.cross_entropy)
+    assert isinstance(found.global_model, gs.Ensemble)
+    weights = found.global_model.weights
+    assert weights.dtype == torch.float64 and weights.tolist() == list(found.rounds[-1].weights)
+    assert not torch.equal(weights, weights.float().double())
 
 
 # The example

@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from graphsplit.errors import UserError
-from test_ec_dnn import data, hard, net, numbers, run, same, settings
+from test_ec_dnn import Table, data, hard, net, numbers, run, same, settings
 from test_local_processes import alone, free_port  # noqa: F401  (a fixture)
 
 SCRIPT = """
@@ -24,7 +24,7 @@ sys.path.insert(0, {tests!r})
 import torch
 import graphsplit as gs
 from graphsplit.train import replicas
-from test_ec_dnn import data, hard, net, numbers, run, settings
+from test_ec_dnn import Table, data, hard, net, numbers, run, settings
 
 torch.set_num_threads(1)
 folder, case = sys.argv[1], sys.argv[2]
@@ -59,6 +59,8 @@ try:
         checkpoint = f"{{folder}}/{{name}}" if case in ("dies", "kept") else None
         if case == "slow":
             trained = settings(**changes).run(Slow, data(), torch.nn.functional.cross_entropy, parallel=True)
+        elif case == "table":
+            trained = settings(**changes).run(Table, data(), torch.nn.functional.cross_entropy, parallel=True)
         elif case == "hard":
             trained = hard(name, parallel=True)
         elif case == "seed":
@@ -184,6 +186,15 @@ def test_so_where_predictions_are_sent(tmp_path: Path) -> None:
         (tmp_path / "ec" / "worker_1.round_2.pt").unlink(missing_ok=True)  # it goes on from round 1
     for rank in range(2):
         check(tmp_path, rank, PREDICTIONS)
+
+
+def test_a_table_that_is_made_while_predicting_can_be_trained_with(tmp_path: Path) -> None:
+    cases: dict[str, dict[str, object]] = {name: PREDICTIONS[name] for name in ("ec", "regression")}
+    with launched(tmp_path, "table", cases) as processes:
+        for process in processes:
+            text, _ = process.communicate(timeout=600)
+            assert process.returncode == 0, text
+    check(tmp_path, 0, cases, lambda changes: settings(**changes).run(Table, data(), F.cross_entropy))
 
 
 @pytest.mark.slow

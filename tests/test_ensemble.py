@@ -1,6 +1,7 @@
 """Ensembles: the weighted sum of what the members give, and never a larger loss than their mean."""
 
 import copy
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -287,6 +288,82 @@ def test_outputs_of_different_shapes_are_named() -> None:
         gs.ensemble(own)(x)
     with pytest.raises(InputError, match="model 1 takes"):
         gs.ensemble([gs.trace(nn.Linear(6, 3), x), gs.trace(nn.Linear(5, 3), x[:, :5])])
+
+
+@pytest.mark.parametrize("given", [(torch.ones(4, 6),), {"input": torch.ones(6)}, None, ["a", "b"], [1j, 1]])
+def test_weights_that_are_no_numbers(given: object) -> None:
+    with pytest.raises(UserError, match=r"no list of real numbers.*example inputs are args="):
+        gs.ensemble(models(8, 8), given)  # type: ignore[call-overload,arg-type,unused-ignore]
+
+
+def test_inputs_that_were_given_as_weights_are_warned_of() -> None:
+    with pytest.warns(UserWarning, match="a tensor of sum 3 is taken as weights; example inputs are args="):
+        gs.ensemble(models(8, 8), torch.tensor([1.0, 2.0]))
+
+
+class Giving(nn.Module):
+    """Gives its scores in a class of its own, or with something beside them."""
+
+    def __init__(self, rest: object) -> None:
+        super().__init__()
+        self.head, self.rest = nn.Linear(6, 3), rest
+
+    def forward(self, x: Tensor) -> object:
+        scores = self.head(x)
+        return Boxed(scores) if self.rest is Boxed else (scores, x if self.rest is Tensor else self.rest)
+
+
+@dataclasses.dataclass
+class Boxed:
+    """Is no tuple, list or mapping."""
+
+    scores: Tensor
+
+
+def test_outputs_that_cannot_be_averaged_are_refused() -> None:
+    """They were those of the first member alone."""
+    x, _ = batch()
+    with pytest.raises(UserError, match=r"no tensor of real or complex numbers to average: Boxed"):
+        gs.ensemble([Giving(Boxed), Giving(Boxed)])(x)
+    with pytest.raises(UserError, match=r"no tensor of real or complex numbers"):
+        gs.ensemble([Winner(), Winner()], args=x)
+    for one, two, text in [
+        (3, Tensor, r"model 1 gives \(5, 6\) where model 0 gives int"),
+        (Tensor, None, r"model 1 gives NoneType where model 0 gives \(5, 6\)"),
+    ]:
+        with pytest.raises(InputError, match=text):
+            gs.ensemble([Giving(one), Giving(two)])(x)
+
+
+class Winner(nn.Module):
+    """Gives the class, and no scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x).argmax(1)
+
+
+class InPlace(nn.Module):
+    """Changes its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.silu(x, inplace=True))
+
+
+def test_members_that_change_their_inputs_have_copies() -> None:
+    torch.manual_seed(0)
+    own, (x, _) = [InPlace(), InPlace()], batch()
+    before = x.clone()
+    expected = sum(model.head(F.silu(x)) for model in own) / 2
+    torch.testing.assert_close(gs.ensemble(own)(x), expected)
+    assert torch.equal(x, before)
 
 
 def test_what_was_not_traced_is_not_proved_nor_written(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
+from graphsplit.answers import Answers, checked_answers
 from graphsplit.ensembles import Average
 from graphsplit.errors import UserError
 from graphsplit.train.exchange import Apart, Together
@@ -65,12 +66,17 @@ class EnsembleCompression(Learning):
         weights: Of the replicas in the ensemble, see `gs.ensemble`. Regression is over the examples of all
             workers that are relabelled.
         average: What is averaged, ``"outputs"`` or ``"probabilities"``.
+        answers: What outputs are, see `gs.ensemble`; unless given, as targets tell. Whole numbers as targets
+            are classes or, of the shape of the outputs, yes and no; real numbers make outputs values. Has to
+            be said where targets that are real numbers stand for probabilities.
         mu: Share of a worker's shard that the ensemble relabels, drawn anew in every round.
         p: Share of the steps of a round that compress.
         alpha: Weight of the true targets in compression.
         beta: Weight of the ensemble's answers.
-        diversity: lambda of eq. 9; the distance is between answers, probabilities where targets are classes.
-            Each round sends the compressed replicas, or what they predict, too, where it is not 0.
+        diversity: lambda of eq. 9; the distance is between answers that are probabilities. Unless given, 0.1;
+            and 0 where answers are values, as their distance has no bound: a loss less such a distance can
+            have no smallest value. Each round sends the compressed replicas, or what they predict, too,
+            where it is not 0.
         warmup: Steps at the start after each of which ``"ma"`` averages (post-local SGD: with an optimizer
             that is linear in the gradients, as SGD with momentum, this is synchronous training).
         keep: Dtype of the answers that are kept for compression.
@@ -94,11 +100,12 @@ class EnsembleCompression(Learning):
     method: MethodName = "ec"
     weights: WeightRule = "simple"
     average: Average = "outputs"
+    answers: Answers | None = None
     mu: float = 0.7
     p: float = 0.2
     alpha: float = 0.5
     beta: float = 0.5
-    diversity: float = 0.1
+    diversity: float | None = None
     warmup: int = 0
     keep: torch.dtype = torch.float16
     on_nan: Literal["stop", "leave_out"] = "stop"
@@ -114,6 +121,7 @@ class EnsembleCompression(Learning):
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise UserError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
+        checked_answers(self.answers)
         for name in ("k", "rounds", "tau", "batch"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}, and has to be one or more")
@@ -122,7 +130,7 @@ class EnsembleCompression(Learning):
         if not 0 <= self.p <= 1:
             raise UserError(f"p is {self.p}, expected a share from 0 to 1")
         for name in ("alpha", "beta", "diversity", "warmup"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}, and cannot be negative")
         if self.exchange == "predictions" and self.method not in ("ec", "e"):
             raise UserError(
@@ -170,16 +178,17 @@ class EnsembleCompression(Learning):
             test: Batches to evaluate replicas and global model on after every round.
             error: A second number to record, such as `misclassified`.
             shards: Numbers of the examples of each worker, in place of equal shards at random.
-            pseudo_loss: Of outputs and the ensemble's answers (probabilities where targets are classes);
-                the loss itself unless given.
+            pseudo_loss: Of outputs and the ensemble's answers, of the shape of the outputs: probabilities, or
+                values; the loss itself unless given.
             parallel: One worker in each process that torchrun started. All numbers are those of one process:
                 to the last bit, but by ``"ma"`` with more than two workers to rounding.
             checkpoint: A folder to save every round in, and to go on from.
             on_round: Called with the record of every round, in the first process; ``print`` shows progress.
 
         Raises:
-            UserError: The data cannot be dealt out, a worker diverged, a process is missing or gone, or a
-                checkpoint is of another training.
+            UserError: The data cannot be dealt out, outputs are not what the loss takes, or targets leave
+                open what they are, a worker diverged, a process is missing or gone, or a checkpoint is of
+                another training.
         """
         if self.patience is not None and test is None:
             raise UserError("patience needs test data", hint="give test=")
@@ -189,7 +198,9 @@ class EnsembleCompression(Learning):
             deal(len(examples), k, self.seed) if shards is None else checked_shards(shards, len(examples), k)
         )
         device = _device(self.device, parallel=parallel)
-        task = Task(examples, loss, pseudo_loss or loss, device, self.seed, self.batch, self.keep)
+        task = Task(
+            examples, loss, pseudo_loss or loss, device, self.seed, self.batch, self.keep, self.answers
+        )
         with self._workers(model, task, dealt, parallel=parallel) as workers:
             return Run(self, workers, task, dealt, test, error, on_round).run(checkpoint)
 

@@ -14,8 +14,16 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
+from graphsplit.answers import (
+    IGNORED,
+    Answers,
+    answers_for,
+    check_shape,
+    classes_dim,
+    is_whole,
+)
 from graphsplit.errors import UserError
-from graphsplit.signature import as_call
+from graphsplit.signature import as_call, copied
 from graphsplit.train.history import Epoch
 
 if TYPE_CHECKING:
@@ -30,9 +38,32 @@ Metric = Callable[[Any, Any], Tensor]
 SchedulerFactory = Callable[[torch.optim.Optimizer], LRScheduler]
 
 
-def misclassified(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Share of targets ``[N, ...]`` that have not the largest of the scores ``[N, C, ...]``."""
-    return (outputs.argmax(1) != targets).float().mean()
+def misclassified(outputs: Tensor, targets: Tensor, answers: Answers | None = None) -> Tensor:
+    """Share of targets whose class has not the largest score; positions of -100 do not count.
+
+    Args:
+        outputs: Scores ``[N, C, ...]`` or ``[N, T, C]``; or of yes or no, as many as there are targets.
+        targets: Classes ``[N, ...]``; or 0 and 1, of the shape of the scores.
+        answers: What outputs are, where shapes cannot tell: see `gs.ensemble`. With
+            ``functools.partial(misclassified, answers="classes_last")`` it is an ``error=``.
+
+    Raises:
+        UserError: Targets are no classes, or do not fit the scores.
+    """
+    kind = answers or answers_for(outputs, targets)
+    if kind == "values":
+        raise UserError(
+            f"targets {tuple(targets.shape)} of {targets.dtype} are no classes",
+            hint="give an error= for numbers, such as F.l1_loss, or none",
+        )
+    check_shape(kind, outputs.shape)
+    if kind == "binary":
+        return ((outputs > 0) != (targets > 0.5)).float().mean()
+    dim = classes_dim(kind)
+    true = targets if is_whole(targets) else targets.argmax(dim)
+    counted = true != IGNORED
+    wrong = (outputs.argmax(dim) != true) & counted
+    return wrong.sum() / counted.sum().clamp_min(1)
 
 
 @dataclass(frozen=True)
@@ -285,6 +316,6 @@ def take(batch: Any, index: Tensor, size: int) -> Any:
 
 
 def call(model: nn.Module, inputs: Tensor | Sequence[Any] | Mapping[str, Any]) -> Any:
-    """What a model gives for the inputs of a batch."""
-    args, kwargs = as_call(inputs, None)
+    """What a model gives for the inputs of a batch; it has copies, as it may change them in place."""
+    args, kwargs = copied(as_call(inputs, None))
     return model(*args, **kwargs)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.nn import functional as F
 
+from graphsplit.answers import IGNORED, classes_in
 from graphsplit.errors import UserError
 
 PerSample = Callable[[Tensor, Any], Tensor]
@@ -26,23 +27,14 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     Raises:
         UserError: The shapes do not fit, or fit in two ways.
     """
-    last = outputs.shape[:-1] == targets.shape
-    second = outputs.dim() > 1 and (outputs.shape[0], *outputs.shape[2:]) == tuple(targets.shape)
-    if not last and not second:
-        raise UserError(
-            f"targets {tuple(targets.shape)} do not fit scores {tuple(outputs.shape)}",
-            hint="targets have the shape of the scores without the dimension of classes",
-        )
-    if last and second and outputs.dim() > 2:
-        raise UserError(
-            f"classes of scores {tuple(outputs.shape)} may be in dimension 1 or in the last one",
-            hint="give a loss of your own, with one number for each example",
-        )
-    scores = outputs.movedim(-1, 1) if last else outputs
+    kind = classes_in(
+        outputs.shape, targets.shape, hint="give a loss of your own, with one number for each example"
+    )
+    scores = outputs.movedim(-1, 1) if kind == "classes_last" else outputs
     found = F.cross_entropy(scores, targets, reduction="none")
     if found.dim() == 1:
         return found
-    counted = (targets != -100).flatten(1).sum(1).clamp_min(1)
+    counted = (targets != IGNORED).flatten(1).sum(1).clamp_min(1)
     return found.flatten(1).sum(1) / counted
 
 

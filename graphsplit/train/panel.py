@@ -19,11 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from graphsplit.answers import probabilities
 from graphsplit.ensembles import (
     Average,
     InTurn,
     LeastSquares,
     Rule,
+    averaged,
     combined,
     main_output,
     margin_weights,
@@ -32,7 +34,7 @@ from graphsplit.ensembles import (
 from graphsplit.errors import UserError
 from graphsplit.train.exchange import Apart, Together
 from graphsplit.train.loop import Batches, call, evaluating, read_batch, seed_epoch
-from graphsplit.train.replicas import Labels, Replica, Task, soft, tensors_of
+from graphsplit.train.replicas import Labels, Replica, Task, tensors_of
 from graphsplit.train.sharding import ShardSampler
 
 Exchange = Literal["replicas", "predictions"]
@@ -101,15 +103,20 @@ class Panel:
         }
 
         def keep(worker: int, numbers: list[int], targets: Any, outputs: Tensor) -> None:
-            used = margin_weights(outputs, targets) if rule == "margin" else weights[list(kept)]
-            found[worker].put(numbers, soft(combined(outputs, used, self.average), targets))
+            kind = self.task.kind(outputs[0], targets)
+            used = margin_weights(outputs, targets, kind) if rule == "margin" else weights[list(kept)]
+            mixed = combined(outputs, used, averaged(self.average, kind))
+            found[worker].put(numbers, probabilities(mixed, kind))
 
         self._read(batches, kept, keep)
         return found
 
     def least_squares(self, batches: BatchesOf, kept: Sequence[int]) -> dict[int, LeastSquares]:
         """The sums for regression weights over examples of each worker here."""
-        found = {replica.number: LeastSquares(len(kept), self.average) for replica in self.workers.mine}
+        found = {
+            replica.number: LeastSquares(len(kept), self.average, self.task.answers)
+            for replica in self.workers.mine
+        }
         self._read(
             batches, kept, lambda worker, numbers, targets, outputs: found[worker].add(outputs, targets)
         )
@@ -268,8 +275,11 @@ class _Meeting(nn.Module):
 
 @contextlib.contextmanager
 def _answering(team: Sequence[nn.Module]) -> Iterator[None]:
-    """No gradients, eval mode, and the random state afterwards as it was."""
-    with torch.random.fork_rng(), torch.inference_mode(), contextlib.ExitStack() as modes:
+    """No gradients, eval mode, and the random state afterwards as it was.
+
+    It is no inference mode: a table that forward makes here has to be one that training can use.
+    """
+    with torch.random.fork_rng(), torch.no_grad(), contextlib.ExitStack() as modes:
         for member in team:
             modes.enter_context(evaluating(member))
         yield

@@ -6,7 +6,9 @@ With ``l`` the user's loss, ``f`` the replica, ``c(x)`` the mean answer of the l
 - of ``l(f(x), y) - lambda |a(f(x)) - c(x)|^2`` while it trains (EC-DNN, eq. 9);
 - of ``alpha l(f(x), y) + beta l(f(x), g(x))`` while it is compressed (eq. 10).
 
-An answer ``a`` is the softmax of the outputs over the classes where targets are classes, else the outputs.
+An answer ``a`` is the softmax of the outputs over the classes where targets are classes, the sigmoid where
+they are yes and no, else the outputs: see `graphsplit.answers`. Eq. 9 is for probabilities. Without bounds to
+the outputs the distance would outweigh most losses of numbers sooner or later, and training would run away.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphsplit.depth.anytime import classes_dim
+from graphsplit.answers import Answers, answer_count, answers_for, probabilities
 from graphsplit.ensembles import main_output
 from graphsplit.errors import UserError, first_line
 from graphsplit.train.learner import Learner, Learning, autocast
@@ -45,7 +47,7 @@ class Labels:
         Raises:
             UserError: One is larger than any number of the dtype.
         """
-        kept = values.to(self._dtype)
+        kept = values.to(values.dtype if values.is_complex() else self._dtype)
         if bool((kept.isinf() & values.isfinite()).any()):
             name = str(self._dtype).removeprefix("torch.")
             raise UserError(
@@ -53,7 +55,7 @@ class Labels:
                 hint="give keep=torch.float32, or targets of a smaller scale",
             )
         if self._values is None:
-            self._values = values.new_empty((len(self._rows), *values.shape[1:]), dtype=self._dtype)
+            self._values = kept.new_empty((len(self._rows), *values.shape[1:]))
         self._values[[self._rows[number] for number in numbers]] = kept
 
     def of(self, numbers: Sequence[int]) -> Tensor:
@@ -75,6 +77,7 @@ class Task:
         seed: Of batches and dropout.
         batch: Examples of a batch.
         keep: Dtype of answers that are kept.
+        answers: What outputs are; as targets tell, unless known.
     """
 
     examples: Examples
@@ -84,6 +87,11 @@ class Task:
     seed: int
     batch: int
     keep: torch.dtype
+    answers: Answers | None = None
+
+    def kind(self, outputs: Tensor, targets: Any) -> Answers:
+        """What outputs are."""
+        return self.answers or answers_for(outputs, targets)
 
     def local(self, worker: int, shard: Sequence[int], first: int, count: int) -> ShardSampler:
         """Batches of a worker's local training."""
@@ -151,9 +159,10 @@ class Replica:
         def objective(numbers: list[int], outputs: Any, targets: Any, loss: Tensor) -> Tensor:
             if mean is None or not diversity:
                 return loss
-            answer = soft(main_output(outputs), targets)
+            kind = self.task.kind(main_output(outputs), targets)
+            answer = probabilities(main_output(outputs), kind)
             distance = (answer - mean.of(numbers)).square()
-            return loss - diversity * distance.sum() / _positions(answer, targets)
+            return loss - diversity * distance.sum() / answer_count(answer, kind)
 
         sampler = self.task.local(self.number, self.shard, first, count)
         return self._steps(sampler, objective, (first, LOCAL))
@@ -233,20 +242,6 @@ class Replica:
         self.grown = dict(state["grown"])
 
 
-def soft(outputs: Tensor, targets: Any) -> Tensor:
-    """Answers of outputs ``[N, ...]``: probabilities of the classes, where targets are classes."""
-    if isinstance(targets, Tensor) and not targets.dtype.is_floating_point and outputs.dim() > 1:
-        return outputs.softmax(classes_dim(outputs.dim()))
-    return outputs
-
-
-def _positions(answer: Tensor, targets: Any) -> int:
-    """How many answers there are: numbers without the dimension of classes, or examples."""
-    if isinstance(targets, Tensor) and not targets.dtype.is_floating_point and answer.dim() > 1:
-        return answer.numel() // answer.shape[classes_dim(answer.dim())]
-    return answer.shape[0]
-
-
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer, detached; tied ones once."""
     named: dict[str, Tensor] = dict(module.named_parameters()) | dict(module.named_buffers())
@@ -272,19 +267,64 @@ def put_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 def is_convex(loss: Metric, outputs: Tensor, targets: Any, seed: int = 0) -> bool:
     """False where a loss is shown not to be convex in outputs of this shape, by pairs and their middles.
 
-    True is no proof: none of the pairs has spoken against it.
+    True is no proof: none of the pairs has spoken against it, or the loss takes none of them. Where outputs
+    are between 0 and 1, as probabilities are, so are the pairs.
     """
     generator = torch.Generator().manual_seed(seed)
+
+    def point(scale: float) -> Tensor:
+        if _within_one(outputs):
+            return torch.rand(outputs.shape, generator=generator).to(outputs)
+        return scale * torch.randn(outputs.shape, generator=generator).to(outputs)
+
     for scale in (0.1, 1.0, 10.0):
         for _ in range(4):
-            a, b = (
-                scale * torch.randn(outputs.shape, generator=generator).to(outputs.device) for _ in range(2)
-            )
-            with torch.no_grad():
-                middle, ends = (
-                    float(loss((a + b) / 2, targets)),
-                    (float(loss(a, targets)) + float(loss(b, targets))) / 2,
-                )
+            a, b = point(scale), point(scale)
+            try:
+                with torch.no_grad():
+                    middle, ends = (
+                        float(loss((a + b) / 2, targets)),
+                        (float(loss(a, targets)) + float(loss(b, targets))) / 2,
+                    )
+            except (RuntimeError, ValueError):
+                return True
             if math.isfinite(ends) and middle > ends + 1e-5 * max(1.0, abs(ends)):
                 return False
     return True
+
+
+FAR = 1e3
+"""Scores at which a loss does what it does to infinity."""
+
+
+def is_bounded(loss: Metric, outputs: Tensor, answers: Answers, seed: int = 0) -> bool:
+    """False where a loss of outputs of this shape is shown to fall without end towards others' answers.
+
+    True is no proof. Of outputs that are probabilities themselves nothing is asked. Losses of outputs that
+    have bounds of another kind, as logarithms of probabilities have, may be bounded in spite of it.
+    """
+    if _within_one(outputs):
+        return True
+    generator = torch.Generator().manual_seed(seed)
+    for scale, below in ((1.0, False), (10.0, False), (10.0, True)):
+        others = scale * torch.randn(outputs.shape, generator=generator).to(outputs)
+        others = -others.abs() if below else others
+        start = torch.zeros_like(outputs, requires_grad=True)
+        try:
+            with torch.enable_grad():
+                given = probabilities(others, answers)
+                near = loss(start, given)
+                (gradient,) = torch.autograd.grad(near, start)
+            downhill = -gradient / gradient.abs().max()
+            with torch.no_grad():
+                far, farther = (float(loss(step * FAR * downhill, given)) for step in (1, 2))
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            return True
+        if farther - far < -abs(float(near.detach())):
+            return False
+    return True
+
+
+def _within_one(outputs: Tensor) -> bool:
+    """True where all outputs are between 0 and 1: there are losses that take no others, and stop a GPU."""
+    return not outputs.is_complex() and bool(((outputs > 0) & (outputs < 1)).all())

@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from graphsplit.ensembles import Ensemble, InTurn, LeastSquares
+from graphsplit.answers import Answers
+from graphsplit.ensembles import Ensemble, InTurn, LeastSquares, averaged, combined, margin_weights
 from graphsplit.errors import UserError
 from graphsplit.train.checkpoints import Checkpoints, check_same
 from graphsplit.train.exchange import Apart, Together, mean_buffers
-from graphsplit.train.loop import Batches, Metric, call, evaluate
+from graphsplit.train.loop import Batches, Metric, evaluate
 from graphsplit.train.panel import DistantPanel, Panel
-from graphsplit.train.replicas import Labels, Replica, Task, is_convex, tensors_of
+from graphsplit.train.replicas import Labels, Replica, Task, tensors_of
 from graphsplit.train.sharding import ShardSampler
+from graphsplit.train.trial import Trial
 
 if TYPE_CHECKING:
     from graphsplit.train.ensembles import EnsembleCompression
+
+
+DIVERSITY = 0.1
+"""lambda of eq. 9, unless given; where answers are values, 0."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,7 @@ class Run:
         self.shards = shards
         _check_settings(workers, settings)
         _check_alike(workers)
+        self.diversity = self._given_diversity
         self.panel = (
             DistantPanel(workers, task, settings.average, shards)
             if isinstance(workers, Apart) and settings.exchange == "predictions"
@@ -140,12 +146,18 @@ class Run:
         """Number of workers."""
         return self.workers.k
 
+    @property
+    def _given_diversity(self) -> float:
+        """lambda of eq. 9 by the settings."""
+        given = self.settings.diversity
+        return DIVERSITY if given is None else given
+
     def run(self, checkpoint: str | Path | None) -> EnsembleTrained:
         """All rounds, from the newest that the folder has."""
         store = None if checkpoint is None else self._store(Path(checkpoint))
         start = 0 if store is None else self._resume(store)
-        if not start and self.settings.method in ("ec", "e"):
-            self._probe()
+        if self.settings.method in ("ec", "e"):
+            self._try(warn=not start and self.workers.leads)
         for number in range(start, self.settings.rounds):
             if self._is_late():
                 break
@@ -200,7 +212,7 @@ class Run:
         sums = dict.fromkeys((replica.number for replica in workers.mine), 0.0)
         for start, steps in spans:
             for replica in workers.mine:
-                found = replica.train(start, steps, settings.diversity, means.get(replica.number))
+                found = replica.train(start, steps, self.diversity, means.get(replica.number))
                 sums[replica.number] += found * steps
             if start < first + warm:
                 workers.average()
@@ -209,10 +221,10 @@ class Run:
     def _mean_answers(self, number: int, first: int, count: int) -> dict[int, Labels]:
         """Mean answers of the latest compressed replicas on what local training is about to see (eq. 9)."""
         settings, workers = self.settings, self.workers
-        if settings.method != "ec" or not settings.diversity or not number:
+        if settings.method != "ec" or not self.diversity or not number:
             return {}
         self.panel.seat({replica.number: tensors_of(replica.model) for replica in workers.mine})
-        weights = torch.full((self.k,), 1 / self.k)
+        weights = torch.full((self.k,), 1 / self.k, dtype=torch.float64)
 
         def batches(worker: int) -> ShardSampler:
             return self.task.local(worker, self.shards[worker], first, count)
@@ -256,7 +268,7 @@ class Run:
             if self.test is not None or number == settings.rounds - 1:
                 with workers.counter.pausing():
                     self.panel.seat(grown)
-            return torch.full((self.k,), 1 / self.k)
+            return torch.full((self.k,), 1 / self.k, dtype=torch.float64)
         self.panel.seat(grown)
         kept = [worker for worker in range(self.k) if worker not in left_out]
         if settings.method == "ma":
@@ -265,17 +277,17 @@ class Run:
                 _put_mean(team, replica.model)
                 if replica.number in left_out:
                     mean_buffers(team, replica.model)
-        weights = torch.zeros(self.k)
+        weights = torch.zeros(self.k, dtype=torch.float64)
         weights[kept] = 1 / len(kept)
         if settings.weights == "regression" and settings.method in ("ec", "e"):
-            weights[kept] = self._regression(number, kept).float()
+            weights[kept] = self._regression(number, kept)
         return weights
 
     def _regression(self, number: int, kept: Sequence[int]) -> Tensor:
         """Weights by least squares over the relabelled examples of all workers."""
         found = self.panel.least_squares(partial(self._relabelled, number), kept)
         sums = self.workers.gather({n: (own.products, own.moments) for n, own in found.items()})
-        together = LeastSquares(len(kept), self.settings.average)
+        together = LeastSquares(len(kept), self.settings.average, self.task.answers)
         for products, moments in sums:
             together.products += products
             together.moments += moments
@@ -337,23 +349,54 @@ class Run:
             mean_buffers(team, whole)
             return whole
         own = weights[list(kept)].to(self.task.device)
-        return Ensemble(cast(Any, body), own, settings.weights, settings.average)
+        return Ensemble(body, own, settings.weights, settings.average, self.task.answers)
 
-    def _probe(self) -> None:
-        """Warn of a loss that is not convex in the outputs."""
-        replica = self.workers.mine[0]
-        if not self.workers.leads:
+    def _try(self, *, warn: bool) -> None:
+        """Settle what outputs are by a first batch, which has to give what this training needs."""
+        settings, task, replica = self.settings, self.task, self.workers.mine[0]
+        with torch.random.fork_rng():
+            batches = task.local(replica.number, replica.shard, 0, 1)
+            _, inputs, targets = next(task.examples.read(batches, task.device))
+            trial = Trial.of(task, replica.model, inputs, targets)
+        simple = settings.weights == "simple" and settings.average == "outputs"
+        if settings.method == "ec" or not simple:
+            trial = trial.decided()
+        if settings.compression_steps and settings.beta and settings.answers is None:
+            trial.check_bounded()
+        if not simple:
+            self._weighted(trial)
+        if warn:
+            trial.warn()
+        self._settle(trial.answers)
+
+    def _weighted(self, trial: Trial) -> None:
+        """Try weights and average on one member, so that they are not refused after a round."""
+        settings, outputs = self.settings, trial.main[None]
+        weights = torch.ones(1)
+        if settings.weights == "margin":
+            weights = margin_weights(outputs, trial.targets, trial.answers)
+        if settings.weights == "regression":
+            LeastSquares(1, settings.average, trial.answers).add(outputs, trial.targets)
+        combined(outputs, weights, averaged(settings.average, trial.answers))
+
+    def _settle(self, answers: Answers | None) -> None:
+        """Tell all what outputs are; of values there is no diversity.
+
+        Raises:
+            UserError: There is to be one.
+        """
+        self.task = self.panel.task = replace(self.task, answers=answers)
+        for replica in self.workers.mine:
+            replica.task = self.task
+        if answers != "values" or self.settings.method != "ec":
             return
-        with torch.random.fork_rng(), torch.no_grad():
-            batches = self.task.local(replica.number, replica.shard, 0, 1)
-            _, inputs, targets = next(self.task.examples.read(batches, self.task.device))
-            outputs = call(copy.deepcopy(replica.model), inputs)
-        if isinstance(outputs, Tensor) and not is_convex(self.task.loss, outputs, targets):
-            warnings.warn(
-                "the loss is not convex in the outputs: the guarantee that the ensemble's loss is never "
-                "above the mean loss of its members is gone",
-                stacklevel=4,
+        if self.settings.diversity:
+            raise UserError(
+                f"diversity {self.diversity} is of distances of probabilities, and answers here are values",
+                hint="give diversity=0; or say by answers= that outputs are scores, where targets are "
+                "probabilities",
             )
+        self.diversity = 0.0
 
     def _is_late(self) -> bool:
         """True after as many rounds without progress as the user has patience for."""
@@ -374,7 +417,8 @@ class Run:
         workers.spread({replica.number: replica.grown for replica in workers.mine}, team)
         kept = [worker for worker in range(self.k) if worker not in last.left_out]
         body = InTurn([team[worker] for worker in kept])
-        whole = copy.deepcopy(self._global(torch.tensor(last.weights), kept, body))
+        weights = torch.tensor(last.weights, dtype=torch.float64)
+        whole = copy.deepcopy(self._global(weights, kept, body))
         members = [copy.deepcopy(team[worker]) for worker in kept]
         losses = last.compression_losses or last.losses
         best = _smallest(losses, kept)
@@ -393,6 +437,7 @@ class Run:
         """Settings on which the numbers depend, as plain data."""
         of_no_account = {"rounds", "patience", "exchange"}
         settings = {name: value for name, value in _plain(self.settings).items() if name not in of_no_account}
+        settings["diversity"] = self._given_diversity
         return settings | {"examples": len(self.task.examples), "shard": list(replica.shard)}
 
     def _save(self, store: Checkpoints, number: int) -> None:
