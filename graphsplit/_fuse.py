@@ -409,7 +409,9 @@ def listed(models: Any) -> list[nn.Module | Program]:
     found = list(models)
     for model in found:
         if not isinstance(model, (nn.Module, Program)):
-            raise UserError(f"a {type(model).__name__} stands among the models", hint="give modules or programs")
+            raise UserError(
+                f"a {type(model).__name__} stands among the models", hint="give modules or programs"
+            )
     return found
 
 
