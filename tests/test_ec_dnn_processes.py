@@ -15,16 +15,16 @@ import torch
 from torch.nn import functional as F
 
 from graphsplit.errors import UserError
-from test_ec_dnn import data, hard, net, numbers, run, same, settings
+from test_ec_dnn import data, hard, net, numbers, run, same, settings, tables
 from test_local_processes import alone, free_port  # noqa: F401  (a fixture)
 
 SCRIPT = """
-import os, sys, time
+import copy, os, sys, time
 sys.path.insert(0, {tests!r})
 import torch
 import graphsplit as gs
 from graphsplit.train import replicas
-from test_ec_dnn import data, hard, net, numbers, run, settings
+from test_ec_dnn import data, hard, net, numbers, run, settings, tables
 
 torch.set_num_threads(1)
 folder, case = sys.argv[1], sys.argv[2]
@@ -61,6 +61,17 @@ try:
             trained = settings(**changes).run(Slow, data(), torch.nn.functional.cross_entropy, parallel=True)
         elif case == "hard":
             trained = hard(name, parallel=True)
+        elif case == "table":
+            trained = tables(changes, parallel=True)
+        elif case in ("start", "made"):
+            torch.manual_seed(rank)
+            base = net()
+            model = base if case == "start" else lambda: copy.deepcopy(base)
+            trained = settings(**changes).run(model, data(), torch.nn.functional.cross_entropy, parallel=True)
+        elif case in ("data", "fewer"):
+            x, y = data()
+            given = (x + rank, y) if case == "data" else (x[rank:], y[rank:])
+            trained = settings(**changes).run(net, given, torch.nn.functional.cross_entropy, parallel=True)
         elif case == "seed":
             trained = run(changes | {{"seed": rank}}, parallel=True)
         elif case in ("shards", "test"):
@@ -218,6 +229,35 @@ def test_settings_are_the_same_in_all_processes(tmp_path: Path) -> None:
         for process in processes:
             said, _ = process.communicate(timeout=600)
             assert process.returncode == 4 and "worker 1 has seed 1, and worker 0 has 0" in said, said
+
+
+@pytest.mark.parametrize(
+    ("case", "method", "text"),
+    [
+        ("start", "ma", "parameters at the start"),
+        ("start", "ec", "parameters at the start"),
+        ("made", "ec", "parameters at the start"),
+        ("data", "ec", "examples or shards"),
+        ("fewer", "ma", "examples or shards"),
+    ],
+)
+def test_data_and_start_are_the_same_in_all_processes(
+    tmp_path: Path, case: str, method: str, text: str
+) -> None:
+    """As in a script that forgets the seed."""
+    with launched(tmp_path, case, {"": {"k": 2, "method": method}}) as processes:
+        for process in processes:
+            said, _ = process.communicate(timeout=600)
+            assert process.returncode == 4 and f"worker 1 has other {text} than worker 0" in said, said
+
+
+def test_models_that_keep_a_table(tmp_path: Path) -> None:
+    cases: dict[str, dict[str, object]] = {"predictions": {"k": 2, "exchange": "predictions"}}
+    with launched(tmp_path, "table", cases) as processes:
+        for process in processes:
+            text, _ = process.communicate(timeout=600)
+            assert process.returncode == 0, text
+    check(tmp_path, 1, cases, tables)
 
 
 @pytest.mark.slow
