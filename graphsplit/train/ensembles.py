@@ -218,12 +218,12 @@ class EnsembleCompression(Learning):
         k = self.workers
 
         def built(worker: int) -> nn.Module:
-            with torch.random.fork_rng():
-                seed_epoch(self.seed, worker if self.method != "ma" else 0, 0, ())
-                return copied(model) if isinstance(model, nn.Module) else _made(model)
+            seed_epoch(self.seed, worker if self.method != "ma" else 0, 0, ())
+            return copied(model) if isinstance(model, nn.Module) else _made(model)
 
         def made(worker: int) -> Replica:
-            return Replica(worker, built(worker).to(task.device), self, task, shards[worker])
+            with torch.random.fork_rng():
+                return Replica(worker, built(worker).to(task.device), self, task, shards[worker])
 
         if not parallel:
             mine = [made(worker) for worker in range(k)]
@@ -241,7 +241,8 @@ class EnsembleCompression(Learning):
                     hint=f"start the script with torchrun --nproc-per-node={k}",
                 )
             with Watch(f"worker {rank}") as watch:
-                start = digest(tensors_of(built(0)))
+                with torch.random.fork_rng():
+                    start = digest(tensors_of(built(0)))
                 yield Apart(made(rank), k, watch, start)
 
 
