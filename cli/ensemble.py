@@ -14,6 +14,7 @@ import typer
 
 from graphsplit import exports
 from graphsplit._ensemble import ensemble as make_ensemble
+from graphsplit._ensemble import from_bundle
 from graphsplit.bundle import EnsembleBundle, PartitionBundle, load, program_of, save
 from graphsplit.cli import console
 from graphsplit.cli.common import (
@@ -48,19 +49,25 @@ Members = Annotated[
     list[str],
     typer.Argument(
         metavar="MODEL|BUNDLE...",
-        help="Models, as for inspect, and bundles: of one program, or of a partition, whose sub-models are "
-        "members.",
+        help="Models, as for inspect, and bundles: of one program, of a partition, whose sub-models "
+        "are members, or of an ensemble, which is one member with weights of its own; alone it is opened.",
         show_default=False,
     ),
 ]
 Weights = Annotated[
     str | None,
-    typer.Option("--weights", metavar="A,B,...", help="A weight for each member; 1/K unless given."),
+    typer.Option(
+        "--weights",
+        metavar="A,B,...",
+        help="A weight for each member; 1/K unless given, or those of an ensemble that is opened.",
+    ),
 ]
 Average = Annotated[
-    Averaged,
+    Averaged | None,
     typer.Option(
-        "--average", help="What is averaged: outputs as they are, or their softmax over the classes."
+        "--average",
+        help="What is averaged: outputs as they are, or their softmax over the classes; outputs unless "
+        "given, or as in an ensemble that is opened.",
     ),
 ]
 Onnx = Annotated[bool, typer.Option("--onnx", help="Also write the ensemble as ONNX.")]
@@ -70,7 +77,7 @@ def ensemble(
     members: Members,
     out: Out,
     weights: Weights = None,
-    average: Average = Averaged.outputs,
+    average: Average = None,
     entry: Entry = None,
     inputs: Inputs = None,
     keep_output: Outputs = None,
@@ -84,12 +91,17 @@ def ensemble(
     refuse_taken(out, force=force)
     numbers = _numbers(weights)
     progress = console.Progress()
-    programs = [
-        program for name in members for program in _programs(name, entry, inputs, keep_output, progress)
-    ]
-    averaged: Literal["outputs", "probabilities"] = average.value
+    found = [part for name in members for part in _members(name, entry, inputs, keep_output, progress)]
+    averaged: Literal["outputs", "probabilities"] = "outputs" if average is None else average.value
+    rule: Literal["simple", "margin"] | tuple[float, ...] = "simple"
+    if len(found) == 1 and isinstance(found[0], EnsembleBundle):  # opened
+        opened = found[0]
+        found = list(opened.members)
+        averaged = opened.options["average"] if average is None else averaged
+        rule = "margin" if opened.options["rule"] == "margin" else opened.weights
+    programs = [from_bundle(part).program() if isinstance(part, EnsembleBundle) else part for part in found]
     with progress.step("join"):
-        made = make_ensemble(programs, numbers or "simple", average=averaged).eval()
+        made = make_ensemble(programs, rule if numbers is None else numbers, average=averaged).eval()
     report: dict[str, Any] = {
         "members": [program.name for program in programs],
         "k": made.k,
@@ -138,13 +150,13 @@ def _numbers(text: str | None) -> list[float] | None:
         ) from None
 
 
-def _programs(
+def _members(
     name: str,
     entry: str | None,
     inputs: Sequence[str] | None,
     outputs: Sequence[str] | None,
     progress: console.Progress,
-) -> list[Program]:
+) -> list[Program | EnsembleBundle]:
     """The members that a model or bundle gives."""
     if not Path(name).is_dir():
         with progress.step(f"trace {name}"):
@@ -155,7 +167,7 @@ def _programs(
     if isinstance(found, PartitionBundle):
         return list(found.submodels)
     if isinstance(found, EnsembleBundle):
-        return list(found.members)
+        return [found]
     if isinstance(found, (Program, ProgramModule)):
         return [found if isinstance(found, Program) else program_of(found)]
     raise BundleError(

@@ -3,6 +3,7 @@
 import copy
 import csv
 import dataclasses
+import functools
 import sys
 import warnings
 from collections.abc import Callable
@@ -13,10 +14,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import graphsplit as gs
 from graphsplit.errors import UserError
+from graphsplit.train.checkpoints import Checkpoints
 from graphsplit.train.exchange import Together
 from graphsplit.train.learner import Learning
 from graphsplit.train.panel import Panel
@@ -391,6 +393,32 @@ def test_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         gs.train.TensorBoardLog(tmp_path)
 
 
+def test_a_log_has_a_place_for_every_worker(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    changes = {"optimizer": poisoned(1), "on_nan": "leave_out", "rounds": 2}
+    found = run(changes, on_round=gs.train.CSVLog(path))
+    with path.open(newline="") as file:
+        first, second = csv.DictReader(file)
+    assert [first[f"left_out.{worker}"] for worker in range(3)] == ["0", "1", "0"]
+    assert [second[f"left_out.{worker}"] for worker in range(3)] == ["0", "0", "0"]
+    assert first["local_losses.1"] == "" == first["local_errors.1"]
+    assert float(first["local_losses.2"]) == found.rounds[0].local_losses[1]
+    assert float(second["local_losses.1"]) == found.rounds[1].local_losses[1]
+
+
+def test_a_log_drops_no_column(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    run({"k": 2, "rounds": 1}, on_round=gs.train.CSVLog(path))
+    before = path.read_text()
+    with pytest.raises(UserError, match=r"log.csv has no column compression_losses.2.*a file for each"):
+        run({"k": 3, "rounds": 1}, on_round=gs.train.CSVLog(path))
+    assert path.read_text() == before
+    with pytest.raises(UserError, match=r"has a column local_errors.0"):
+        run({"k": 2, "rounds": 1}, error=None, on_round=gs.train.CSVLog(path))
+    with pytest.raises(UserError, match=r"cannot be read: .*directory"):
+        gs.train.CSVLog(tmp_path)
+
+
 def test_records_are_readable(capsys: pytest.CaptureFixture[str]) -> None:
     run(on_round=print)
     lines = capsys.readouterr().out.splitlines()
@@ -470,6 +498,134 @@ def test_a_checkpoint_of_fewer_workers(tmp_path: Path) -> None:
     assert numbers(found) == numbers(run({"rounds": 1, "k": 2}))
 
 
+def newer(folder: Path, number: int) -> Path:
+    return folder / f"worker_0.round_{number}.pt"
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+    """Whatever bit of it has changed, it is cut short, or stands in the place of another."""
+    run({"rounds": 2}, checkpoint=tmp_path)
+    path = newer(tmp_path, 1)
+    good = path.read_bytes()
+    generator = torch.Generator().manual_seed(0)
+    for place in torch.randint(len(good), (20,), generator=generator).tolist():
+        bad = bytearray(good)
+        bad[place] ^= 64
+        path.write_bytes(bad)
+        with pytest.raises(UserError, match=r"round_1.pt is no checkpoint"):
+            run({"rounds": 3}, checkpoint=tmp_path)
+    others = {
+        "its end, with a digest, is not there": good[:-1],
+        "it is of format 1, and 2 is read here": good[: good.rindex(b"\ngraphsplit checkpoint")],
+        "it is of format 9, and 2 is read here": good.replace(b"checkpoint    2", b"checkpoint    9"),
+        "it was worker_0.round_0.pt": newer(tmp_path, 0).read_bytes(),
+    }
+    for text, content in others.items():
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=text):
+            run({"rounds": 3}, checkpoint=tmp_path)
+    path.write_bytes(good)
+    assert numbers(run({"rounds": 3}, checkpoint=tmp_path)) == numbers(run({"rounds": 3}))
+
+
+def test_a_checkpoint_that_holds_something_else(tmp_path: Path) -> None:
+    run({"rounds": 1}, checkpoint=tmp_path)
+    store = Checkpoints(tmp_path, "worker", "round", [0], lambda value: [value])
+    with store.loading(0, 0, torch.device("cpu")) as state:
+        good = state
+    replica, (record,) = good["replica"], good["rounds"]
+    for other in (
+        [1], {}, good | {"settings": None}, good | {"rounds": [record | {"more": 1}]},
+        good | {"rounds": [{}]}, good | {"replica": replica | {"grown": {}}},
+    ):  # fmt: skip
+        store.save(0, 0, other)  # type: ignore[arg-type]
+        with pytest.raises(UserError, match=r"worker_0.round_0.pt is no checkpoint|another configuration"):
+            run(checkpoint=tmp_path)
+
+
+def test_a_checkpoint_of_another_optimizer_schedule_or_data(tmp_path: Path) -> None:
+    def adam(kind: Any, rate: float) -> Any:
+        return lambda model: kind(model.parameters(), lr=rate)
+
+    def stepping(size: int) -> Any:
+        return lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, size, 0.5)
+
+    optimizers = torch.optim
+    first = {"rounds": 1, "optimizer": adam(optimizers.Adam, 0.01), "scheduler": stepping(2)}
+    run(first, checkpoint=tmp_path)
+    for changes, text in (
+        ({"optimizer": adam(optimizers.AdamW, 0.01)}, "its optimizer is Adam, and is AdamW here"),
+        ({"optimizer": adam(optimizers.Adam, 0.1)}, "its optimizer's lr is 0.01, and is 0.1 here"),
+        ({"optimizer": sgd()}, "its optimizer is Adam, and is SGD here"),
+        ({"scheduler": None}, "its scheduler is StepLR, and is None here"),
+        ({"scheduler": stepping(3)}, "its scheduler's step_size is 2, and is 3 here"),
+    ):
+        with pytest.raises(UserError, match=text):
+            run(first | changes | {"rounds": 2}, checkpoint=tmp_path)
+    x, y = data()
+    other = y.clone()
+    other[5] = (other[5] + 1) % 3
+    with pytest.raises(UserError, match="its data is other examples"):
+        settings(**first).run(
+            net,
+            (x, other),
+            F.cross_entropy,
+            test=[data(40)],
+            error=gs.train.misclassified,
+            checkpoint=tmp_path,
+        )
+
+
+def test_a_checkpoint_of_more_rounds(tmp_path: Path) -> None:
+    run({"rounds": 3}, checkpoint=tmp_path)
+    with pytest.raises(UserError, match=r"has 3 rounds, and training is to have 1 .*ask for 3 or more"):
+        run({"rounds": 1}, checkpoint=tmp_path)
+
+
+def test_a_checkpoint_without_the_files_of_a_worker(tmp_path: Path) -> None:
+    """Training is not begun anew, over the files of the others."""
+    run({"rounds": 3}, checkpoint=tmp_path)
+    for number in (1, 2):
+        (tmp_path / f"worker_1.round_{number}.pt").unlink()
+    kept = newer(tmp_path, 2).read_bytes()
+    with pytest.raises(UserError, match=r"worker_1.round_1.pt is missing.*bring it back"):
+        run({"rounds": 4}, checkpoint=tmp_path)
+    assert newer(tmp_path, 2).read_bytes() == kept
+
+
+def test_checkpoints_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder is tried before training, a full disk is told by name."""
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", Path("/sys/kernel")):
+        with pytest.raises(UserError, match="checkpoints cannot be written to"):
+            run(checkpoint=folder)
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(UserError, match=r"worker_0.round_0.pt cannot be written: .*No space left"):
+        run(checkpoint=tmp_path / "run")
+
+
+def test_data_is_told_apart_by_what_it_gives() -> None:
+    """Of tensors any number counts; of others a sample, unless it is drawn from what cannot be seeded."""
+    x, y = data(60)
+    assert Examples((x, y)).digest() == Examples(TensorDataset(x.clone(), y)).digest()
+    assert Examples((x, y)).digest() != Examples((x.double(), y)).digest()
+    assert Examples(Rows()).digest() == Examples(DataLoader(Rows(), batch_size=7)).digest() is not None
+    assert Examples(Noisy()).digest() == Examples(Noisy()).digest() != Examples(Rows()).digest()
+    state = torch.get_rng_state()
+    drawn = iter(range(1000))
+
+    class Counted(Rows):
+        def __getitem__(self, number: int) -> Any:
+            return torch.tensor(next(drawn)), torch.tensor(0)
+
+    assert Examples(Counted()).digest() is None
+    assert torch.equal(state, torch.get_rng_state())
+
+
 # Workers that diverge
 
 
@@ -513,6 +669,31 @@ def test_a_worker_that_diverged_while_it_was_compressed(monkeypatch: pytest.Monk
     found = run({"on_nan": "leave_out"})
     assert [record.left_out for record in found.rounds] == [(), (), ()]
     assert all(torch.isfinite(torch.tensor(record.losses)).all() for record in found.rounds)
+
+
+@pytest.mark.parametrize("method", ["ec", "ma"])
+def test_buffers_that_diverge_name_their_worker(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else all follow its answers; numbers that are infinite from the start are a mask."""
+    train = Replica.train
+
+    def breaking(self: Replica, first: int, *rest: Any) -> float:
+        found = train(self, first, *rest)
+        if self.number == 1 and first == (6 if method == "ma" else 4):
+            dict(self.model.named_buffers())["1.running_var"].fill_(float("inf"))
+        return found
+
+    monkeypatch.setattr(Replica, "train", breaking)
+
+    def masked() -> nn.Module:
+        model = net()
+        model.register_buffer("mask", torch.tensor(float("-inf")))
+        return model
+
+    training = settings(method=method)
+    with pytest.raises(UserError, match="worker 1 diverged in round 2: its loss, parameters or buffers"):
+        training.run(masked, data(), F.cross_entropy)
+    found = dataclasses.replace(training, on_nan="leave_out").run(masked, data(), F.cross_entropy)
+    assert [record.left_out for record in found.rounds] == [(), (1,), ()]
 
 
 def test_all_diverged() -> None:
@@ -617,6 +798,257 @@ def test_shards_of_unequal_size() -> None:
 def test_settings_out_of_range(changes: dict[str, Any], text: str) -> None:
     with pytest.raises(UserError, match=text):
         settings(**changes).run(net, data(), F.cross_entropy)
+
+
+def plateau(optimizer: torch.optim.Optimizer) -> Any:
+    return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+
+
+def one_cycle(optimizer: torch.optim.Optimizer) -> Any:
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, total_steps=2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"k": "2"}, "k is '2', expected a whole number of 1 or more"),
+        ({"rounds": 2.0}, "rounds is 2.0"),
+        ({"batch": True}, "batch is True"),
+        ({"seed": None}, "seed is None, expected a whole number"),
+        ({"warmup": -1}, "warmup is -1"),
+        ({"alpha": float("nan")}, "alpha is nan, expected a number of 0 or more"),
+        ({"patience": 0}, "patience is 0, expected a whole number of 1 or more, or None"),
+        ({"clip": -1.0}, "clip is -1.0, expected a number above 0, or None"),
+        ({"amp": torch.int8}, "amp is torch.int8, expected one of torch.float16, torch.bfloat16, or None"),
+        ({"amp": True}, "amp is True"),
+        ({"keep": "float16"}, "keep is 'float16', expected one of torch.float16"),
+        ({"device": "gpu"}, "device 'gpu' cannot be used"),
+        ({"device": "meta"}, "device 'meta' cannot be used"),
+        ({"device": 3}, "device is 3, expected a device"),
+        ({"optimizer": None}, "optimizer is None, expected a function of a module"),
+        ({"optimizer": torch.optim.SGD}, r"optimizer is the class SGD.*lambda m: "),
+        ({"optimizer": functools.partial(torch.optim.SGD, lr=0.1)}, "optimizer is of type partial"),
+        ({"optimizer": sgd()(net())}, "optimizer is of type SGD, expected a function"),
+        ({"optimizer": lambda _: None}, "optimizer makes a NoneType"),
+        ({"optimizer": lambda _: sgd()(net())}, "has no parameter of the module that it is made for"),
+        ({"optimizer": lambda m: torch.optim.LBFGS(m.parameters())}, "LBFGS computes the loss again"),
+        ({"scheduler": 3}, "scheduler is 3, expected a function of an optimizer, or None"),
+        ({"scheduler": plateau}, "ReduceLROnPlateau follows the loss of one model"),
+        ({"scheduler": one_cycle}, "OneCycleLR has 2 steps, and training takes 3"),
+        ({"scheduler": one_cycle, "step_every_batch": True}, "training takes 18"),
+    ],
+)
+def test_settings_of_another_kind(changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(UserError, match=text):
+        settings(**changes).run(net, data(), F.cross_entropy)
+
+
+def test_recipes_are_looked_at_likewise() -> None:
+    with pytest.raises(UserError, match="clip is 0, expected a number above 0"):
+        gs.train.Recipe(clip=0)
+    with pytest.raises(UserError, match="critic_optimizer is the class SGD"):
+        gs.train.Recipe(critic_optimizer=torch.optim.SGD)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"shards": 2}, "shards are no numbers of examples: .*give 3 lists"),
+        ({"shards": ["ab", "cd", "ef"]}, "shards are no numbers of examples"),
+        ({"checkpoint": 5}, "checkpoint is 5, expected a folder, or None"),
+        ({"on_round": 3}, "on_round is 3, expected a function of a record"),
+        ({"error": "accuracy"}, "error is 'accuracy', expected a function of outputs and targets"),
+        ({"test": 3}, "test is 3, expected batches, or None"),
+    ],
+)
+def test_options_of_another_kind(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(UserError, match=text):
+        run(**options)
+
+
+def test_one_pair_is_a_batch_of_tests() -> None:
+    assert numbers(run(test=data(40))) == numbers(run(test=[data(40)]))
+
+
+class Unnumbered(IterableDataset[Any]):
+    """Examples in a row, whose number is known."""
+
+    def __len__(self) -> int:
+        return 90
+
+    def __iter__(self) -> Any:
+        return iter(TensorDataset(*data()))
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ((data()[0], data()[1][:50]), "data has 90 inputs and 50 targets"),
+        (tuple(part.numpy() for part in data()), r"data is a tuple \(ndarray, ndarray\).*torch.from_numpy"),
+        (((data()[0], data()[0]), data()[1]), r"data is a tuple \(tuple, Tensor\).*give a Dataset"),
+        ([data(8)] * 9, r"the loss does not take .*examples one by one"),
+        (Unnumbered(), "a Unnumbered cannot be dealt out"),
+        (DataLoader(Unnumbered()), "a Unnumbered cannot be dealt out"),
+        ({"x": data()[0]}, "a dict cannot be dealt out"),
+        ([object()] * 9, "the examples of the data cannot be read as a batch"),
+        (5, "a int cannot be dealt out"),
+    ],
+)
+def test_data_of_another_kind(given: Any, text: str) -> None:
+    with pytest.raises(UserError, match=text):
+        settings().run(net, given, F.cross_entropy)
+
+
+class Shaped(nn.Module):
+    """Gives what a function makes of the scores."""
+
+    def __init__(self, shape: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.head, self.shape = nn.Linear(5, 3), shape
+
+    def forward(self, x: Tensor) -> Any:
+        return self.shape(self.head(x))
+
+
+class Expanded(nn.Module):
+    """Has a buffer with one place for three numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(5, 3)
+        self.register_buffer("scale", torch.ones(1).expand(3))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(x)
+
+
+def old_norm() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return nn.utils.weight_norm(nn.Linear(5, 3))
+
+
+def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail where training begins."""
+
+    def train(*_: Any) -> float:
+        raise AssertionError("training has begun")
+
+    monkeypatch.setattr(Replica, "train", train)
+
+
+SHARED = Shaped(lambda scores: scores)
+
+
+@pytest.mark.parametrize(
+    ("model", "text"),
+    [
+        (lambda: None, "the function of the model gives a NoneType"),
+        (lambda: SHARED, "gives one module for several workers"),
+        (5, "model is 5, expected a module"),
+        (lambda: nn.LazyLinear(3), "weight has no shape yet"),
+        (old_norm, "the model cannot be copied.*parametrizations"),
+        (Expanded, "scale has several elements in one place"),
+        (lambda: Shaped(lambda scores: scores.repeat(2, 1)), r"outputs of shape \(16, 3\) for 8 examples"),
+        (lambda: Shaped(lambda scores: scores[None]), r"outputs of shape \(1, 8, 3\) for 8 examples"),
+        (lambda: Shaped(lambda scores: scores.mean()), r"outputs of shape \(\) for 8 examples"),
+        (lambda: nn.Linear(7, 3), "the model takes no batch of 8 in training: mat1 and mat2"),
+    ],
+)
+def test_models_that_cannot_be_used(model: Any, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    untrained(monkeypatch)
+    with pytest.raises(UserError, match=text):
+        settings().run(model, data(), F.cross_entropy)
+
+
+def test_averaging_needs_no_outputs_of_examples() -> None:
+    def model() -> nn.Module:
+        return Shaped(lambda scores: scores.square().mean())
+
+    found = settings(method="ma").run(model, data(), lambda outputs, _: outputs)
+    assert found.rounds[-1].losses[0] < found.rounds[0].losses[0]
+
+
+@pytest.mark.parametrize(
+    ("loss", "text"),
+    [
+        ("cross_entropy", "loss is 'cross_entropy', expected a function"),
+        (nn.CrossEntropyLoss, "loss is the class CrossEntropyLoss, expected a function"),
+        (
+            lambda outputs, y: F.cross_entropy(outputs, y, reduction="none"),
+            r"loss gives a tensor of shape \(8,\)",
+        ),
+        (lambda outputs, y: F.cross_entropy(outputs, y).item(), "the loss gives a float, expected a scalar"),
+        (lambda outputs, y: F.cross_entropy(outputs, y).detach(), "the loss has no gradient"),
+        (lambda outputs, y: F.cross_entropy(outputs[:3], y), "the loss does not take outputs"),
+    ],
+)
+def test_losses_that_cannot_be_used(loss: Any, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    untrained(monkeypatch)
+    with pytest.raises(UserError, match=text):
+        settings().run(net, data(), loss)
+
+
+def test_batches_of_one_for_a_batch_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    untrained(monkeypatch)
+    with pytest.raises(UserError, match=r"no batch of 1 in training: Expected more than 1 value.*mu="):
+        settings(mu=0.01).run(net, data(), F.cross_entropy)
+    x, y = data()
+    with pytest.raises(UserError, match="no batch of 1 in training"):
+        settings().run(net, (x[:3], y[:3]), F.cross_entropy)
+
+
+def test_sparse_gradients_are_not_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    untrained(monkeypatch)
+    words = torch.randint(9, (90,), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(UserError, match="the loss has no gradients that can be used"):
+        settings(clip=1.0).run(lambda: nn.Embedding(9, 3, sparse=True), (words, data()[1]), F.cross_entropy)
+
+
+class Counting(nn.Module):
+    """Counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(5, 3)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Any:
+        self.calls += 1
+        return self.head(x)
+
+
+class Table(nn.Module):
+    """Makes a table in its first forward, and keeps it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.scale = nn.Linear(5, 3), nn.Parameter(torch.ones(5))
+        self.table: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Any:
+        if self.table is None or len(self.table) < len(x):
+            self.table = torch.arange(len(x))[:, None].cos()
+        return self.head(x * self.scale * self.table[: len(x)])
+
+
+def tables(changes: dict[str, Any], **options: Any) -> gs.train.EnsembleTrained:
+    return settings(**changes).run(Table, data(), F.cross_entropy, test=[data(40)], **options)
+
+
+def test_tables_that_are_made_in_forward_can_be_trained_with() -> None:
+    found = tables({})
+    for model in (*found.members, found.local_model):
+        model(data(40)[0]).sum().backward()
+
+
+def test_buffers_that_are_written_in_eval_mode_are_warned_of() -> None:
+    with pytest.warns(UserWarning, match="forward writes calls in eval mode, too") as caught:
+        settings(rounds=1).run(Counting, data(), F.cross_entropy)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        settings(rounds=1).run(net, data(), F.cross_entropy)
 
 
 def test_data_and_shards_that_do_not_fit() -> None:
@@ -956,38 +1388,6 @@ def test_inputs_that_members_change_are_copies() -> None:
     assert found.rounds[-1].test_loss == pytest.approx(float(F.cross_entropy(mean, y)), rel=1e-5)
     torch.testing.assert_close(found.global_model.eval()(x), mean)
     assert torch.equal(x, before)
-
-
-class Table(nn.Module):
-    """Makes a table in forward, anew when a batch is larger."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.head, self.scale = nn.Linear(5, 3), nn.Parameter(torch.ones(5))
-        self.table: Tensor | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.table is None or len(self.table) < len(x):
-            self.table = torch.arange(len(x)).float()[:, None].cos()
-        return self.head(x * self.scale * self.table[: len(x)])
-
-
-class Counting(nn.Module):
-    """Writes a buffer whenever it is called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = nn.Linear(5, 3)
-        self.register_buffer("calls", torch.zeros(()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        return self.head(x)
-
-
-def test_buffers_that_are_written_in_eval_mode_are_warned_of() -> None:
-    with pytest.warns(UserWarning, match="forward writes calls in eval mode, too"):
-        settings(rounds=1).run(Counting, data(), F.cross_entropy)
 
 
 def test_weights_by_regression_are_in_float64() -> None:

@@ -15,16 +15,16 @@ import torch
 from torch.nn import functional as F
 
 from graphsplit.errors import UserError
-from test_ec_dnn import Table, data, hard, net, numbers, run, same, settings
+from test_ec_dnn import data, hard, net, numbers, run, same, settings, tables
 from test_local_processes import alone, free_port  # noqa: F401  (a fixture)
 
 SCRIPT = """
-import os, sys, time
+import copy, os, sys, time
 sys.path.insert(0, {tests!r})
 import torch
 import graphsplit as gs
 from graphsplit.train import replicas
-from test_ec_dnn import Table, data, hard, net, numbers, run, settings
+from test_ec_dnn import data, hard, net, numbers, run, settings, tables
 
 torch.set_num_threads(1)
 folder, case = sys.argv[1], sys.argv[2]
@@ -59,10 +59,19 @@ try:
         checkpoint = f"{{folder}}/{{name}}" if case in ("dies", "kept") else None
         if case == "slow":
             trained = settings(**changes).run(Slow, data(), torch.nn.functional.cross_entropy, parallel=True)
-        elif case == "table":
-            trained = settings(**changes).run(Table, data(), torch.nn.functional.cross_entropy, parallel=True)
         elif case == "hard":
             trained = hard(name, parallel=True)
+        elif case == "table":
+            trained = tables(changes, parallel=True)
+        elif case in ("start", "made"):
+            torch.manual_seed(rank)
+            base = net()
+            model = base if case == "start" else lambda: copy.deepcopy(base)
+            trained = settings(**changes).run(model, data(), torch.nn.functional.cross_entropy, parallel=True)
+        elif case in ("data", "fewer"):
+            x, y = data()
+            given = (x + rank, y) if case == "data" else (x[rank:], y[rank:])
+            trained = settings(**changes).run(net, given, torch.nn.functional.cross_entropy, parallel=True)
         elif case == "seed":
             trained = run(changes | {{"seed": rank}}, parallel=True)
         elif case in ("shards", "test"):
@@ -188,15 +197,6 @@ def test_so_where_predictions_are_sent(tmp_path: Path) -> None:
         check(tmp_path, rank, PREDICTIONS)
 
 
-def test_a_table_that_is_made_while_predicting_can_be_trained_with(tmp_path: Path) -> None:
-    cases: dict[str, dict[str, object]] = {name: PREDICTIONS[name] for name in ("ec", "regression")}
-    with launched(tmp_path, "table", cases) as processes:
-        for process in processes:
-            text, _ = process.communicate(timeout=600)
-            assert process.returncode == 0, text
-    check(tmp_path, 0, cases, lambda changes: settings(**changes).run(Table, data(), F.cross_entropy))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("exchange", ["replicas", "predictions"])
 def test_so_with_unequal_shards_random_examples_and_workers_that_diverge(
@@ -229,6 +229,38 @@ def test_settings_are_the_same_in_all_processes(tmp_path: Path) -> None:
         for process in processes:
             said, _ = process.communicate(timeout=600)
             assert process.returncode == 4 and "worker 1 has seed 1, and worker 0 has 0" in said, said
+
+
+@pytest.mark.parametrize(
+    ("case", "method", "text"),
+    [
+        ("start", "ma", "parameters at the start"),
+        ("start", "ec", "parameters at the start"),
+        ("made", "ec", "parameters at the start"),
+        ("data", "ec", "examples or shards"),
+        ("fewer", "ma", "examples or shards"),
+    ],
+)
+def test_data_and_start_are_the_same_in_all_processes(
+    tmp_path: Path, case: str, method: str, text: str
+) -> None:
+    """As in a script that forgets the seed."""
+    with launched(tmp_path, case, {"": {"k": 2, "method": method}}) as processes:
+        for process in processes:
+            said, _ = process.communicate(timeout=600)
+            assert process.returncode == 4 and f"worker 1 has other {text} than worker 0" in said, said
+
+
+def test_models_that_keep_a_table(tmp_path: Path) -> None:
+    cases: dict[str, dict[str, object]] = {
+        "predictions": {"k": 2, "exchange": "predictions"},
+        "regression": {"k": 2, "exchange": "predictions", "weights": "regression"},
+    }
+    with launched(tmp_path, "table", cases) as processes:
+        for process in processes:
+            text, _ = process.communicate(timeout=600)
+            assert process.returncode == 0, text
+    check(tmp_path, 1, cases, tables)
 
 
 @pytest.mark.slow

@@ -495,6 +495,28 @@ def test_command_takes_bundles(files: list[Path], tmp_path: Path) -> None:
     assert nested["k"] == 4
 
 
+def test_command_keeps_the_weights_of_an_ensemble(files: list[Path], tmp_path: Path) -> None:
+    """It is one member, as in Python; alone it is opened, and is what it was unless something else is asked for."""
+    team = tmp_path / "team"
+    options = ("--weights", "0.2,0.3,0.5", "--average", "probabilities", "--json", "-o")
+    assert run("ensemble", *files, *options, team).exit_code == 0
+    done = run("ensemble", team, files[0], "--weights", "0.75,0.25", "--json", "-o", tmp_path / "two")
+    assert done.exit_code == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["weights"] == [0.75, 0.25] and report["k"] == 2 and report["certificate"]["ok"]
+    inner, both = gs.load(team), gs.load(tmp_path / "two")
+    x = torch.randn(4, 6)
+    alone = gs.load(tmp_path / "two").members[1]
+    torch.testing.assert_close(both(x), 0.75 * inner(x) + 0.25 * alone(x))
+    again = json.loads(run("ensemble", team, "--json", "-o", tmp_path / "again").stdout)
+    assert again["weights"] == pytest.approx([0.2, 0.3, 0.5]) and again["average"] == "probabilities"
+    other = run(
+        "ensemble", team, "--weights", "1,1,2", "--average", "outputs", "--json", "-o", tmp_path / "other"
+    )
+    assert json.loads(other.stdout)["weights"] == [1.0, 1.0, 2.0]
+    assert json.loads(other.stdout)["average"] == "outputs"
+
+
 def test_command_ends_with_a_sentence(files: list[Path], tmp_path: Path) -> None:
     done = run("ensemble", *files, "--weights", "a,b", "-o", tmp_path / "o")
     assert done.exit_code == 2 and "expected numbers" in done.stderr

@@ -149,6 +149,20 @@ def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
         other.fit(loader(), 5, checkpoint=tmp_path)
 
 
+def test_a_checkpoint_of_another_recipe_or_without_a_file(tmp_path: Path) -> None:
+    critics().fit(loader(), 2, checkpoint=tmp_path)
+    other = critics()
+    other.configure(Recipe(lambda module: torch.optim.SGD(module.parameters(), lr=0.1)))
+    with pytest.raises(UserError, match=r"its optimizer is .*, and is SGD here"):
+        other.fit(loader(), 4, checkpoint=tmp_path)
+    with pytest.raises(UserError, match=r"has 2 epochs, and training is to have 1"):
+        critics().fit(loader(), 1, checkpoint=tmp_path)
+    for path in tmp_path.glob("stage_1.*"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"stage_1.epoch_0.pt is missing"):
+        critics().fit(loader(), 4, checkpoint=tmp_path)
+
+
 def test_state_dict_holds_all_of_it() -> None:
     first, second = critics(), critics(seed=9)
     first.fit(loader(), 1)

@@ -242,6 +242,25 @@ def test_a_checkpoint_of_another_schedule(tmp_path: Path) -> None:
         schedule(wide).fit(batches(), checkpoint=tmp_path)
 
 
+def test_a_checkpoint_of_another_optimizer_or_of_more_epochs(tmp_path: Path) -> None:
+    schedule(divide()).fit(batches(), checkpoint=tmp_path)
+    with pytest.raises(UserError, match=r"another configuration: its optimizer is SGD, and is AdamW here"):
+        schedule(divide(), optimizer=adam).fit(batches(), checkpoint=tmp_path)
+    step = lambda made: torch.optim.lr_scheduler.StepLR(made, 1)  # noqa: E731
+    with pytest.raises(UserError, match=r"its scheduler is None, and is StepLR here"):
+        schedule(divide(), scheduler=step).fit(batches(), checkpoint=tmp_path)
+    with pytest.raises(UserError, match=r"has 4 epochs, and training is to have 3"):
+        schedule(divide(), epochs=3).fit(batches(), checkpoint=tmp_path)
+    path = tmp_path / "part_0.epoch_1.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(
+        UserError, match=r"part_0.epoch_1.pt is no checkpoint of this training: it is damaged"
+    ):
+        schedule(divide()).fit(batches(), checkpoint=tmp_path)
+
+
 def test_seconds_in_turn_and_in_parallel() -> None:
     def epoch(part: int | None, number: int, seconds: float) -> Epoch:
         return Epoch(part, number, 0.0, None, None, None, seconds, 10, 0.1)

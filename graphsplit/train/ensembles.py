@@ -14,31 +14,57 @@ compression, and one model.
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from graphsplit.answers import Answers, checked_answers
+from graphsplit.answers import Answers
 from graphsplit.ensembles import Average
-from graphsplit.errors import UserError
+from graphsplit.errors import UserError, first_line
+from graphsplit.train.checks import NOT_NEGATIVE, RUN, check, kind, named, number, one_of, optional, whole
+from graphsplit.train.digests import digest
 from graphsplit.train.exchange import Apart, Together
 from graphsplit.train.learner import Learning
-from graphsplit.train.loop import Batches, Metric, seed_epoch
+from graphsplit.train.loop import Batches, Metric, as_batches, seed_epoch
 from graphsplit.train.panel import Exchange
 from graphsplit.train.processes import Watch, process_group
-from graphsplit.train.replicas import Replica, Task
+from graphsplit.train.replicas import Replica, Task, copied, tensors_of
 from graphsplit.train.rounds import EnsembleTrained, Round, Run
 from graphsplit.train.sharding import Data, Examples, checked_shards, deal
 
 MethodName = Literal["ec", "ma", "e", "s"]
 WeightRule = Literal["simple", "regression", "margin"]
+OnNaN = Literal["stop", "leave_out"]
+
+SETTINGS = {
+    "k": whole(1),
+    "rounds": whole(1),
+    "tau": whole(1),
+    "batch": whole(1),
+    "method": named(MethodName),
+    "weights": named(WeightRule),
+    "average": named(Average),
+    "answers": optional(named(Answers)),
+    "mu": number("a share above 0 and up to 1", lambda value: 0 < value <= 1),
+    "p": number("a share from 0 to 1", lambda value: 0 <= value <= 1),
+    "alpha": NOT_NEGATIVE,
+    "beta": NOT_NEGATIVE,
+    "diversity": optional(NOT_NEGATIVE),
+    "warmup": whole(0),
+    "keep": one_of(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    "on_nan": named(OnNaN),
+    "patience": optional(whole(1)),
+    "exchange": named(Exchange),
+    "device": kind("a device, such as 'cpu' or 'cuda'", str, torch.device),
+    "seed": whole(),
+}
+"""What settings of `EnsembleCompression` have to be, with those of `Learning`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,30 +134,15 @@ class EnsembleCompression(Learning):
     diversity: float | None = None
     warmup: int = 0
     keep: torch.dtype = torch.float16
-    on_nan: Literal["stop", "leave_out"] = "stop"
+    on_nan: OnNaN = "stop"
     patience: int | None = None
     exchange: Exchange = "replicas"
     device: str | torch.device = "cpu"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        choices = {"method": get_args(MethodName), "weights": get_args(WeightRule),
-                   "average": get_args(Average), "on_nan": ("stop", "leave_out"),
-                   "exchange": get_args(Exchange)}  # fmt: skip
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise UserError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
-        checked_answers(self.answers)
-        for name in ("k", "rounds", "tau", "batch"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}, and has to be one or more")
-        if not 0 < self.mu <= 1:
-            raise UserError(f"mu is {self.mu}, expected a share above 0 and up to 1")
-        if not 0 <= self.p <= 1:
-            raise UserError(f"p is {self.p}, expected a share from 0 to 1")
-        for name in ("alpha", "beta", "diversity", "warmup"):
-            if (getattr(self, name) or 0) < 0:
-                raise UserError(f"{name} is {getattr(self, name)}, and cannot be negative")
+        super().__post_init__()
+        check(vars(self), SETTINGS)
         if self.exchange == "predictions" and self.method not in ("ec", "e"):
             raise UserError(
                 f"method {self.method!r} makes no ensemble whose predictions could be sent",
@@ -172,24 +183,30 @@ class EnsembleCompression(Learning):
         Args:
             model: Where all replicas start, which is not changed; or what makes one, called for each under a
                 seed of its own. By ``"ma"`` all start from the first.
-            data: A data set, a loader of one, or inputs and targets as two tensors.
+            data: A data set, a loader of one, or inputs and targets as two tensors; the same everywhere.
             loss: Of outputs and targets the mean over a batch. The ensemble's guarantee holds where it is
                 convex in the outputs; a warning says where it is shown not to be.
-            test: Batches to evaluate replicas and global model on after every round.
+            test: Batches to evaluate replicas and global model on after every round, or one batch.
             error: A second number to record, such as `misclassified`.
             shards: Numbers of the examples of each worker, in place of equal shards at random.
             pseudo_loss: Of outputs and the ensemble's answers, of the shape of the outputs: probabilities, or
                 values; the loss itself unless given.
             parallel: One worker in each process that torchrun started. All numbers are those of one process:
                 to the last bit, but by ``"ma"`` with more than two workers to rounding.
-            checkpoint: A folder to save every round in, and to go on from.
+            checkpoint: A folder to save every round in, and to go on from, with the same settings (but for
+                ``rounds``, ``patience``, ``exchange`` and ``device``), optimizer, schedule and data.
             on_round: Called with the record of every round, in the first process; ``print`` shows progress.
 
         Raises:
-            UserError: The data cannot be dealt out, outputs are not what the loss takes, or targets leave
-                open what they are, a worker diverged, a process is missing or gone, or a checkpoint is of
-                another training.
+            UserError: What is given cannot be used, outputs are not what the loss takes, targets leave open
+                what they are, a worker diverged, a process is missing, gone, or was given something else than
+                the others, or a checkpoint is damaged or of another training.
         """
+        given = {
+            "model": model, "loss": loss, "pseudo_loss": pseudo_loss, "error": error, "test": test,
+            "checkpoint": checkpoint, "on_round": on_round,
+        }  # fmt: skip
+        check(given, RUN)
         if self.patience is not None and test is None:
             raise UserError("patience needs test data", hint="give test=")
         examples = Examples(data)
@@ -202,7 +219,8 @@ class EnsembleCompression(Learning):
             examples, loss, pseudo_loss or loss, device, self.seed, self.batch, self.keep, self.answers
         )
         with self._workers(model, task, dealt, parallel=parallel) as workers:
-            return Run(self, workers, task, dealt, test, error, on_round).run(checkpoint)
+            batches = None if test is None else as_batches(test)
+            return Run(self, workers, task, dealt, batches, error, on_round).run(checkpoint)
 
     @contextmanager
     def _workers(
@@ -210,14 +228,22 @@ class EnsembleCompression(Learning):
     ) -> Iterator[Together]:
         k = self.workers
 
+        def built(worker: int) -> nn.Module:
+            seed_epoch(self.seed, worker if self.method != "ma" else 0, 0, ())
+            return copied(model) if isinstance(model, nn.Module) else _made(model)
+
         def made(worker: int) -> Replica:
             with torch.random.fork_rng():
-                seed_epoch(self.seed, worker if self.method != "ma" else 0, 0, ())
-                own = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
-                return Replica(worker, own.to(task.device), self, task, shards[worker])
+                return Replica(worker, built(worker).to(task.device), self, task, shards[worker])
 
         if not parallel:
-            yield Together([made(worker) for worker in range(k)], k)
+            mine = [made(worker) for worker in range(k)]
+            if len({id(replica.model) for replica in mine}) < k:
+                raise UserError(
+                    "the function gives one module for several workers",
+                    hint="let it make a new one, or give the module itself, which is copied",
+                )
+            yield Together(mine, k)
             return
         with process_group() as (rank, size):
             if size != k:
@@ -226,10 +252,33 @@ class EnsembleCompression(Learning):
                     hint=f"start the script with torchrun --nproc-per-node={k}",
                 )
             with Watch(f"worker {rank}") as watch:
-                yield Apart(made(rank), k, watch)
+                with torch.random.fork_rng():
+                    start = digest(tensors_of(built(0)))
+                yield Apart(made(rank), k, watch, start)
+
+
+def _made(make: Callable[[], nn.Module]) -> nn.Module:
+    """What a user's function makes.
+
+    Raises:
+        UserError: It is no module.
+    """
+    found: object = make()
+    if not isinstance(found, nn.Module):
+        raise UserError(f"the function of the model gives a {type(found).__name__}, expected a module")
+    return found
 
 
 def _device(device: str | torch.device, *, parallel: bool) -> torch.device:
-    if parallel and str(device) == "cuda":
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    """Where this process trains.
+
+    Raises:
+        UserError: There is no such device.
+    """
+    try:
+        if parallel and str(device) == "cuda":
+            device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {str(device)!r} cannot be used: {first_line(error)}") from None
     return torch.device(device)

@@ -63,12 +63,14 @@ class Together:
         mine: The workers that are here.
         k: How many there are.
         counter: What would be sent, were they apart.
+        start: Digest of what worker 0 starts from, as this process makes it; empty in one process.
     """
 
-    def __init__(self, mine: Sequence[Replica], k: int) -> None:
+    def __init__(self, mine: Sequence[Replica], k: int, start: str = "") -> None:
         self.mine = mine
         self.k = k
         self.counter = Counter()
+        self.start = start
 
     @property
     def leads(self) -> bool:
@@ -114,8 +116,8 @@ class Together:
 class Apart(Together):
     """One worker in this process, the others in those that torchrun started."""
 
-    def __init__(self, mine: Replica, k: int, watch: Watch) -> None:
-        super().__init__([mine], k)
+    def __init__(self, mine: Replica, k: int, watch: Watch, start: str) -> None:
+        super().__init__([mine], k, start)
         self._rank = mine.number
         self._device = torch.device("cpu") if dist.get_backend() == "gloo" else mine.task.device
         mine.alive = watch.check

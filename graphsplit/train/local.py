@@ -16,7 +16,7 @@ from torch import Tensor
 
 from graphsplit.errors import UserError
 from graphsplit.program import TensorMeta
-from graphsplit.train.checkpoints import Checkpoints
+from graphsplit.train.checkpoints import Checkpoints, check_same
 from graphsplit.train.learner import Learner
 from graphsplit.train.local_processes import Chain
 from graphsplit.train.loop import (
@@ -219,7 +219,7 @@ class LocalTraining:
         records = []
         with self._runner(parallel, queue) as runner:
             store = None if checkpoint is None else _store(checkpoint, runner)
-            start = 0 if store is None else self._resume(store, runner.mine)
+            start = 0 if store is None else self._resume(store, runner.mine, epochs)
             for number in range(start, epochs):
                 with torch.random.fork_rng():
                     seed_epoch(self._seed, None, number, data)
@@ -230,7 +230,8 @@ class LocalTraining:
                     record = replace(record, test_losses=losses, test_errors=errors)
                 if store is not None:
                     for stage in runner.mine:
-                        store.save(number, stage.number, {"steps": self.steps, "learners": _state(stage)})
+                        state = {"steps": self.steps, "learners": _state(stage), "facts": self._facts(stage)}
+                        store.save(number, stage.number, state)
                 records.append(record)
                 if on_epoch is not None and runner.mine[0].number == 0:
                     on_epoch(record)
@@ -329,15 +330,32 @@ class LocalTraining:
         for stage, own in zip(self.stages, state["stages"], strict=True):
             _load(stage, own)
 
-    def _resume(self, store: Checkpoints, mine: Sequence[Stage]) -> int:
+    def _facts(self, stage: Stage) -> dict[str, Any]:
+        """What the numbers of a stage depend on, the data left aside."""
+        names = {id(stage.group): "", id(stage.critic): "critic's "}
+        facts = {
+            names.get(id(learner.module), "helper's ") + fact: value
+            for learner in stage.learners
+            for fact, value in learner.facts.items()
+        }
+        recipe = self.recipe
+        return facts | {
+            "method": type(self._method).__name__, "seed": self._seed, "clip": recipe.clip,
+            "amp": str(recipe.amp), "step_every_batch": recipe.step_every_batch,
+        }  # fmt: skip
+
+    def _resume(self, store: Checkpoints, mine: Sequence[Stage], epochs: int) -> int:
         """Load the newest epoch that every stage has; the number of the epoch to go on with."""
         found = store.newest()
         if found is None:
+            store.refuse_gaps()
             return 0
         for stage in mine:
             with store.loading(found, stage.number, stage.device) as state:
+                check_same(state["facts"], self._facts(stage), store.folder)
                 self.steps = int(state["steps"])
                 _load(stage, state["learners"])
+        store.refuse_more(found, epochs)
         return found + 1
 
 

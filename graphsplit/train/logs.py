@@ -1,7 +1,7 @@
 """Logs of training by the user's choice: callbacks for ``on_epoch`` and ``on_round``.
 
 They take the record of any kind of training, as all are dataclasses: its numbers go under their names, those
-of a tuple under ``name.0``, ``name.1`` and so on.
+of a tuple under ``name.0``, ``name.1`` and so on; those of a `Round` stand at the number of their worker.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from graphsplit.errors import UserError
+from graphsplit.errors import UserError, first_line
+from graphsplit.train.rounds import Round
 
 
 def numbers_of(record: Any) -> dict[str, float | int | None]:
     """The numbers of a record by name."""
     found: dict[str, float | int | None] = {}
-    for name, value in dataclasses.asdict(record).items():
+    values = record.numbers() if isinstance(record, Round) else dataclasses.asdict(record)
+    for name, value in values.items():
         if isinstance(value, (tuple, list)):
             found |= {f"{name}.{place}": item for place, item in enumerate(value)}
         else:
@@ -28,18 +30,24 @@ def numbers_of(record: Any) -> dict[str, float | int | None]:
 class CSVLog:
     """Appends a line for every record; the first record of a new file makes the columns.
 
-    A file of an earlier run is gone on with, where it has the same columns.
+    A file of an earlier run is gone on with; it has to have the same columns.
 
     Args:
         path: The file.
+
+    Raises:
+        UserError: It cannot be read; when called: written, or it has other columns than the record.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._columns: list[str] = []
         if self.path.exists():
-            with self.path.open(newline="", encoding="utf-8") as file:
-                self._columns = next(csv.reader(file), [])
+            try:
+                with self.path.open(newline="", encoding="utf-8") as file:
+                    self._columns = next(csv.reader(file), [])
+            except (OSError, ValueError, csv.Error) as error:
+                raise UserError(f"the log {self.path} cannot be read: {first_line(error)}") from error
 
     def __call__(self, record: Any) -> None:
         """Write a record."""
@@ -47,9 +55,15 @@ class CSVLog:
         new = not self._columns
         if new:
             self._columns = list(row)
+        if other := sorted(row.keys() ^ set(self._columns)):
+            here = "has a column" if other[0] in self._columns else "has no column"
+            raise UserError(
+                f"the log {self.path} {here} {other[0]}, as that of another kind of run",
+                hint="give a file for each kind of run",
+            )
         try:
             with self.path.open("a", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, self._columns, restval="", extrasaction="ignore")
+                writer = csv.DictWriter(file, self._columns)
                 if new:
                     writer.writeheader()
                 writer.writerow(row)

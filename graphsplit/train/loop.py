@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
@@ -25,6 +25,7 @@ from graphsplit.answers import (
 from graphsplit.errors import UserError
 from graphsplit.signature import as_call, copied
 from graphsplit.train.history import Epoch
+from graphsplit.train.learner import check_scheduler
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -130,11 +131,7 @@ def run_epochs(
     part: int | None,
 ) -> list[Epoch]:
     """Train for the epochs of these numbers; the random state outside is left as it was."""
-    if isinstance(scheduler, ReduceLROnPlateau):
-        raise UserError(
-            "ReduceLROnPlateau follows the loss of one model, so that sub-models would part ways",
-            hint="use a scheduler that counts steps",
-        )
+    check_scheduler(scheduler)
     records = []
     with torch.random.fork_rng():
         for number in numbers:

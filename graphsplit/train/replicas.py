@@ -13,6 +13,7 @@ the outputs the distance would outweigh most losses of numbers sooner or later, 
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from graphsplit.answers import Answers, answer_count, answers_for, probabilities
 from graphsplit.ensembles import main_output
@@ -121,7 +123,7 @@ class Replica:
         seconds: Wall time of the present round.
 
     Raises:
-        UserError: The model has no parameter that is trained.
+        UserError: The model has no parameter that is trained, or tensors that cannot be set.
     """
 
     def __init__(
@@ -131,12 +133,15 @@ class Replica:
         self.task = task
         self.shard = shard
         self._learning = learning
+        _check_tensors(model)
         self.learner = Learner(model, learning.optimizer, learning)
         if not self.learner.trained:
             raise UserError(
                 "no parameter of the model is to be trained",
                 hint="requires_grad is off for all of them, or there is none",
             )
+        # A mask may hold infinite numbers from the start.
+        self._finite = [name for name, buffer in model.named_buffers() if bool(buffer.isfinite().all())]
         self.grown: dict[str, Tensor] = {}
         self.alive: Callable[[], None] = lambda: None
         self.seconds = 0.0
@@ -212,8 +217,10 @@ class Replica:
         return found
 
     def is_finite(self) -> bool:
-        """True where every parameter is a number."""
-        return all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters())
+        """True where every parameter is finite, and every buffer that was so at the start."""
+        buffers = dict(self.model.named_buffers())
+        tensors = [*self.model.parameters(), *[buffers[name] for name in self._finite]]
+        return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
     def grow(self) -> None:
         """Keep the present tensors as those of the last aggregation."""
@@ -239,6 +246,7 @@ class Replica:
         """Go on from what `state_dict` gave."""
         self.learner.load_state_dict(state["learner"])
         put_tensors(self.model, state["tensors"])
+        _check_forms(tensors_of(self.model), state["grown"])
         self.grown = dict(state["grown"])
 
 
@@ -255,13 +263,53 @@ def put_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         ValueError: They are of another model.
     """
     own = tensors_of(module)
-    if own.keys() != tensors.keys():
-        raise ValueError(f"the model has no {min(own.keys() ^ tensors.keys())}, or has lost it")
+    _check_forms(own, tensors)
     with torch.no_grad():
         for name, tensor in own.items():
-            if tensor.shape != tensors[name].shape:
-                raise ValueError(f"{name} is {tuple(tensor.shape)} here, {tuple(tensors[name].shape)} there")
             tensor.copy_(tensors[name])
+
+
+def _check_forms(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors of other names or shapes.
+
+    Raises:
+        ValueError: They are of another model.
+    """
+    if own.keys() != tensors.keys():
+        raise ValueError(f"the model has no {min(own.keys() ^ tensors.keys())}, or has lost it")
+    for name, tensor in own.items():
+        if tensor.shape != tensors[name].shape:
+            raise ValueError(f"{name} is {tuple(tensor.shape)} here, {tuple(tensors[name].shape)} there")
+
+
+def _check_tensors(module: nn.Module) -> None:
+    """Refuse parameters and buffers that a replica cannot get from another one.
+
+    Raises:
+        UserError: One has no shape yet, or several elements in one place.
+    """
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if is_lazy(tensor):
+            raise UserError(f"{name} has no shape yet", hint="call the model on a batch before training")
+        if any(size > 1 and not stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+            raise UserError(
+                f"{name} has several elements in one place, as it was expanded", hint="give name.contiguous()"
+            )
+
+
+def copied(module: nn.Module) -> nn.Module:
+    """A copy.
+
+    Raises:
+        UserError: There can be none.
+    """
+    try:
+        return copy.deepcopy(module)
+    except (RuntimeError, TypeError) as error:
+        raise UserError(
+            f"the model cannot be copied: {first_line(error)}",
+            hint="detach tensors kept as attributes, and take weight_norm of torch.nn.utils.parametrizations",
+        ) from error
 
 
 def is_convex(loss: Metric, outputs: Tensor, targets: Any, seed: int = 0) -> bool:

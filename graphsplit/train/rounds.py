@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import zip_longest
@@ -13,17 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import OneCycleLR
 
 from graphsplit.answers import Answers
 from graphsplit.ensembles import Ensemble, InTurn, LeastSquares, averaged, combined, margin_weights
 from graphsplit.errors import UserError
 from graphsplit.train.checkpoints import Checkpoints, check_same
+from graphsplit.train.digests import digest
 from graphsplit.train.exchange import Apart, Together, mean_buffers
 from graphsplit.train.loop import Batches, Metric, evaluate
 from graphsplit.train.panel import DistantPanel, Panel
 from graphsplit.train.replicas import Labels, Replica, Task, tensors_of
 from graphsplit.train.sharding import ShardSampler
-from graphsplit.train.trial import Trial
+from graphsplit.train.trial import Trial, try_step
 
 if TYPE_CHECKING:
     from graphsplit.train.ensembles import EnsembleCompression
@@ -75,6 +77,20 @@ class Round:
         if not self.local_errors or self.test_error is None:
             return None
         return sum(self.local_errors) / len(self.local_errors) - self.test_error
+
+    def numbers(self) -> dict[str, Any]:
+        """All of it, with a place for every worker, for logs: a 1 says who was left out, and has no test."""
+        tested = [worker for worker in range(len(self.losses)) if worker not in self.left_out]
+
+        def placed(values: Sequence[float]) -> tuple[float | None, ...]:
+            found = dict(zip(tested, values, strict=True)) if values else {}
+            return tuple(found.get(worker) for worker in range(len(self.losses))) if found else ()
+
+        return vars(self) | {
+            "local_losses": placed(self.local_losses),
+            "local_errors": placed(self.local_errors),
+            "left_out": tuple(int(worker in self.left_out) for worker in range(len(self.losses))),
+        }
 
     def __str__(self) -> str:
         text = f"round {self.number + 1}, step {self.steps}: loss {_mean(self.losses):.4f}"
@@ -134,8 +150,12 @@ class Run:
         _check_settings(workers, settings)
         _check_alike(workers)
         self.diversity = self._given_diversity
+        self._digest = task.examples.digest()
+        dealt = digest([self._digest, *(torch.tensor(shard) for shard in shards)])
+        _check_given(workers, {"examples or shards": dealt, "parameters at the start": workers.start})
+        self._check_schedule()
         self.panel = (
-            DistantPanel(workers, task, settings.average, shards)
+            DistantPanel(workers, task, settings.average)
             if isinstance(workers, Apart) and settings.exchange == "predictions"
             else Panel(workers, task, settings.average, settings.exchange)
         )
@@ -156,6 +176,8 @@ class Run:
         """All rounds, from the newest that the folder has."""
         store = None if checkpoint is None else self._store(Path(checkpoint))
         start = 0 if store is None else self._resume(store)
+        if start < self.settings.rounds:
+            self._look()
         if self.settings.method in ("ec", "e"):
             self._try(warn=not start and self.workers.leads)
         for number in range(start, self.settings.rounds):
@@ -167,6 +189,22 @@ class Run:
             if self.on_round is not None and self.workers.leads:
                 self.on_round(self.rounds[-1])
         return self._trained()
+
+    def _check_schedule(self) -> None:
+        """Refuse a schedule that ends before training does.
+
+        Raises:
+            UserError: It does, and would raise there.
+        """
+        settings = self.settings
+        steps = settings.rounds * (settings.tau if settings.step_every_batch else 1)
+        for replica in self.workers.mine:
+            schedule = replica.learner.scheduler
+            if isinstance(schedule, OneCycleLR) and schedule.total_steps < steps:
+                raise UserError(
+                    f"OneCycleLR has {schedule.total_steps} steps, and training takes {steps}",
+                    hint="a schedule makes a step after every round; with step_every_batch after every batch",
+                )
 
     # A round
 
@@ -245,7 +283,8 @@ class Run:
         )
         if lost and (self.settings.on_nan == "stop" or len(lost) == self.k):
             raise UserError(
-                f"worker {lost[0]} diverged in round {number + 1}: its loss or its parameters are not finite",
+                f"worker {lost[0]} diverged in round {number + 1}: its loss, parameters or buffers "
+                "are not finite",
                 hint="lower its learning rate, clip gradients, or give on_nan='leave_out'",
             )
         return lost
@@ -351,6 +390,15 @@ class Run:
         own = weights[list(kept)].to(self.task.device)
         return Ensemble(body, own, settings.weights, settings.average, self.task.answers)
 
+    def _look(self) -> None:
+        """Try one step on a copy, with the smallest batch that comes, before training."""
+        settings = self.settings
+        replica = min(self.workers.mine, key=lambda replica: len(replica.shard))
+        batches = [next(iter(self.task.local(replica.number, replica.shard, 0, 1)))]
+        if settings.compression_steps:
+            batches.append(next(iter(self._relabelled(0, replica.number))))
+        try_step(replica, min(batches, key=len), settings, answers=settings.method == "ec")
+
     def _try(self, *, warn: bool) -> None:
         """Settle what outputs are by a first batch, which has to give what this training needs."""
         settings, task, replica = self.settings, self.task, self.workers.mine[0]
@@ -434,11 +482,12 @@ class Run:
         return Checkpoints(folder, "worker", "round", mine, self.workers.everywhere)
 
     def _facts(self, replica: Replica) -> dict[str, Any]:
-        """Settings on which the numbers depend, as plain data."""
+        """All on which the numbers depend, as plain data."""
         of_no_account = {"rounds", "patience", "exchange"}
         settings = {name: value for name, value in _plain(self.settings).items() if name not in of_no_account}
         settings["diversity"] = self._given_diversity
-        return settings | {"examples": len(self.task.examples), "shard": list(replica.shard)}
+        data = {"examples": len(self.task.examples), "shard": list(replica.shard), "data": self._digest}
+        return settings | replica.learner.facts | data
 
     def _save(self, store: Checkpoints, number: int) -> None:
         rounds = [asdict(record) for record in self.rounds]
@@ -451,12 +500,14 @@ class Run:
         found = store.newest()
         if found is None:
             self._refuse_others(store)
+            store.refuse_gaps()
             return 0
         for replica in self.workers.mine:
             with store.loading(found, replica.number, self.task.device) as state:
                 check_same(state["settings"], self._facts(replica), store.folder)
                 replica.load_state_dict(state["replica"])
                 self.rounds = [Round(**record) for record in state["rounds"]]
+        store.refuse_more(found, self.settings.rounds)
         return found + 1
 
     def _refuse_others(self, store: Checkpoints) -> None:
@@ -495,6 +546,23 @@ def _check_settings(workers: Together, settings: EnsembleCompression) -> None:
                 raise UserError(
                     f"worker {worker} has {name} {value}, and worker 0 has {first[name]}",
                     hint="give all processes the same settings, also the same seed",
+                )
+
+
+def _check_given(workers: Together, digests: Mapping[str, str]) -> None:
+    """Refuse processes that were given different things under one name.
+
+    Raises:
+        UserError: The first worker, and what it was given.
+    """
+    first, *others = workers.everywhere(digests)
+    for worker, own in enumerate(others, start=1):
+        for what, value in own.items():
+            if value != first[what]:
+                raise UserError(
+                    f"worker {worker} has other {what} than worker 0",
+                    hint="give all processes all the data, the same shards and the same model to start from: "
+                    "call torch.manual_seed before they are made",
                 )
 
 

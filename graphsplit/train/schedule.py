@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from graphsplit.errors import UserError
 from graphsplit.train.checkpoints import Checkpoints, check_same
 from graphsplit.train.history import Epoch, History
+from graphsplit.train.learner import learning_facts
 from graphsplit.train.loop import Batches, Metric, SchedulerFactory, Settings, run_epochs
 from graphsplit.train.processes import Watch, gather, naming_the_lost, process_group, share
 
@@ -162,7 +163,8 @@ class PartitionSchedule:
         with torch.random.fork_rng():
             model = model.to(self._settings.device)
             optimizer = self._optimizer(model)
-            return _Trainee(model, optimizer, None if self._scheduler is None else self._scheduler(optimizer))
+            scheduler = None if self._scheduler is None else self._scheduler(optimizer)
+            return _Trainee(model, optimizer, scheduler, learning_facts(optimizer, scheduler))
 
     def _merge(self, states: list[_State]) -> _Merging:
         """The full model from the sub-models, ready to be trained on."""
@@ -180,7 +182,13 @@ class PartitionSchedule:
         _carry_on(first, whole)
         epochs = [epoch for state in states for epoch in state.epochs]
         return _Merging(
-            whole.model, whole.optimizer, whole.scheduler, submodels, epochs, time.perf_counter() - start
+            whole.model,
+            whole.optimizer,
+            whole.scheduler,
+            whole.facts,
+            submodels,
+            epochs,
+            time.perf_counter() - start,
         )
 
 
@@ -224,14 +232,15 @@ class _Fit:
         found = store.newest()
         if found is not None:
             with store.loading(found, number, self._settings.device) as state:
-                check_same(state["facts"], self._facts(), self._folder)
+                check_same(state["facts"], self._facts(trainee), self._folder)
                 trainee.put(state["values"])
                 epochs = [Epoch(**row) for row in state["epochs"]]
+            store.refuse_more(found, numbers.stop)
 
         def keep(epoch: Epoch) -> None:
             epochs.append(epoch)
             values = {"values": _to_cpu(trainee.take()), "epochs": [asdict(row) for row in epochs]}
-            store.save(epoch.number, number, {"facts": self._facts(), **values})
+            store.save(epoch.number, number, {"facts": self._facts(trainee), **values})
             if self._settings.on_epoch is not None:
                 self._settings.on_epoch(epoch)
 
@@ -240,12 +249,13 @@ class _Fit:
         run_epochs(*trainee.parts(), settings, self._data, self._test, left, part=part)
         return epochs
 
-    def _facts(self) -> dict[str, Any]:
-        """What the numbers depend on."""
+    def _facts(self, trainee: _Trainee) -> dict[str, Any]:
+        """What the numbers depend on; the data is not known before it is read."""
         schedule = self._schedule
         return {
             "k": schedule.partition.k, "merge_at": schedule.merge_at, "duplicate": schedule.duplicate,
             "seed": self._settings.seed, "step_every_batch": self._settings.step_every_batch,
+            **trainee.facts,
         }  # fmt: skip
 
 
@@ -259,11 +269,12 @@ class _State:
 
 @dataclass
 class _Trainee:
-    """A model in training, with what goes along."""
+    """A model in training, with what goes along; ``facts`` are those of `learning_facts` at the start."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: LRScheduler | None
+    facts: dict[str, Any]
 
     def parts(self) -> tuple[nn.Module, torch.optim.Optimizer, LRScheduler | None]:
         return self.model, self.optimizer, self.scheduler

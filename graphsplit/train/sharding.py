@@ -6,18 +6,27 @@ over processes, sees the same batches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from operator import index
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, TensorDataset, default_collate
 
-from graphsplit.errors import UserError
+from graphsplit.errors import UserError, first_line
+from graphsplit.train.digests import digest
 from graphsplit.train.loop import mixed_seed, read_batch
 
 Data = Dataset[Any] | DataLoader[Any] | tuple[Tensor, Tensor]
 """Examples ``(inputs, targets)`` by number, or a loader of them, or all of them as two tensors."""
+
+
+SAMPLE = 16
+"""Examples of a data set that are read to tell it from another one."""
 
 
 class ShardSampler(Sampler[list[int]]):
@@ -72,11 +81,18 @@ def checked_shards(shards: Sequence[Sequence[int]], examples: int, k: int) -> li
     """A user's own shards, which may overlap and differ in size.
 
     Raises:
-        UserError: There are not K of them, one is empty, or one names an example that there is not.
+        UserError: They are no numbers, there are not K of them, one is empty, or one names an example that
+            there is not.
     """
-    if len(shards) != k:
-        raise UserError(f"{len(shards)} shards for {k} workers", hint="give one for each worker")
-    found = [[int(number) for number in shard] for shard in shards]
+    try:
+        found = [[index(number) for number in shard] for shard in shards]
+    except TypeError as error:
+        raise UserError(
+            f"shards are no numbers of examples: {first_line(error)}",
+            hint=f"give {k} lists, the numbers of the examples of each worker",
+        ) from None
+    if len(found) != k:
+        raise UserError(f"{len(found)} shards for {k} workers", hint="give one for each worker")
     for worker, shard in enumerate(found):
         if not shard:
             raise UserError(f"the shard of worker {worker} is empty")
@@ -103,8 +119,9 @@ class Examples:
         if isinstance(data, DataLoader):
             self._workers, self._collate, data = data.num_workers, data.collate_fn, data.dataset
         if isinstance(data, tuple):
-            data = TensorDataset(*data)
-        if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
+            data = TensorDataset(*_checked_pair(data))
+        numbered = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+        if not numbered or isinstance(data, (IterableDataset, Mapping, str)):
             raise UserError(
                 f"a {type(data).__name__} cannot be dealt out, as its examples have no numbers",
                 hint="give a Dataset with __len__ and __getitem__, or inputs and targets as two tensors",
@@ -113,6 +130,33 @@ class Examples:
 
     def __len__(self) -> int:
         return len(cast(Any, self._data))
+
+    def digest(self) -> str | None:
+        """Of two tensors all of them, of other data a sample; None where it is not the same at every look."""
+        if isinstance(self._data, TensorDataset):
+            return digest(self._data.tensors)
+        size = len(self)
+        numbers = [place * size // SAMPLE for place in range(SAMPLE)] if size > SAMPLE else list(range(size))
+        looks = []
+        for _ in range(2):
+            with _seeded():
+                looks.append(digest(self.batch(numbers, torch.device("cpu"))))
+        return looks[0] if looks[0] == looks[1] else None
+
+    def batch(self, numbers: list[int], device: torch.device) -> tuple[Any, Any]:
+        """Inputs and targets of some examples, read in this process.
+
+        Raises:
+            UserError: They cannot be read, or are no pairs of inputs and targets.
+        """
+        try:
+            _, found = _Collate(self._collate)(_Numbered(self._data).__getitems__(numbers))
+        except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"the examples of the data cannot be read as a batch: {first_line(error)}"
+            ) from error
+        inputs, targets, _ = read_batch(device, found)
+        return inputs, targets
 
     def read(self, batches: Any, device: torch.device) -> Iterator[tuple[list[int], Any, Any]]:
         """Numbers, inputs and targets of batches, on the device.
@@ -128,6 +172,39 @@ class Examples:
         for numbers, batch in loader:
             inputs, targets, _ = read_batch(device, batch)
             yield numbers, inputs, targets
+
+
+def _checked_pair(data: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """Inputs and targets of all examples.
+
+    Raises:
+        UserError: They are no two tensors, or not of as many examples.
+    """
+    if len(data) != 2 or not all(isinstance(part, Tensor) and part.dim() for part in data):
+        given = ", ".join(type(part).__name__ for part in data)
+        raise UserError(
+            f"data is a tuple ({given}), expected inputs and targets as two tensors",
+            hint="torch.from_numpy makes tensors of arrays; for several inputs give a Dataset",
+        )
+    inputs, targets = data
+    if len(inputs) != len(targets):
+        raise UserError(f"data has {len(inputs)} inputs and {len(targets)} targets")
+    return inputs, targets
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """The same random numbers every time, and the random states afterwards as they were."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
 
 
 class _Numbered(Dataset[Any]):

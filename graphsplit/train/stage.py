@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from graphsplit.emission import ProgramModule
 from graphsplit.errors import UserError
+from graphsplit.train.checks import OPTIMIZER, check, optional
 from graphsplit.train.learner import Learner, Learning, OptimizerFactory, autocast
 from graphsplit.train.losses import PerSample, checked
 
@@ -48,6 +49,10 @@ class Recipe(Learning):
 
     critic_optimizer: OptimizerFactory | None = None
     method: MethodName | Method = "local_critics"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(vars(self), {"critic_optimizer": optional(OPTIMIZER)})
 
 
 @dataclass

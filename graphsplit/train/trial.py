@@ -1,9 +1,11 @@
-"""A batch tried before training: what outputs are, and whether the loss can follow them."""
+"""A batch tried before training: can a step be made, what are outputs, and can the loss follow them?"""
 
 from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,8 +16,89 @@ from torch.utils import _pytree as pytree
 from graphsplit.answers import Answers, check_shape
 from graphsplit.ensembles import main_output
 from graphsplit.errors import UserError, first_line
-from graphsplit.train.loop import Metric, call
-from graphsplit.train.replicas import Task, is_bounded, is_convex
+from graphsplit.train.learner import Learning, autocast
+from graphsplit.train.loop import Metric, call, seed_epoch
+from graphsplit.train.replicas import Replica, Task, copied, is_bounded, is_convex
+
+SINGLE = "the data holds examples one by one, of which batches are made; the loss is loss(outputs, targets)"
+
+
+def try_step(replica: Replica, numbers: list[int], learning: Learning, *, answers: bool) -> None:
+    """Try a batch with a copy of a replica: outputs, loss, gradients; the random state is left as it was.
+
+    Args:
+        replica: It is not changed.
+        numbers: Of the examples of the batch.
+        learning: Precision and clipping.
+        answers: The outputs of one example have to be known from those of others.
+
+    Raises:
+        UserError: The model does not take the batch, its outputs belong to no examples, the loss takes them
+            not, or is no scalar with a gradient.
+    """
+    task, size = replica.task, len(numbers)
+    with torch.random.fork_rng():
+        seed_epoch(task.seed, replica.number, 0, ())
+        model = copied(replica.model).train()
+        inputs, targets = task.examples.batch(numbers, task.device)
+        with autocast(task.device, learning.amp):
+            small = (
+                "a batch norm needs two examples: give larger shards, batch= or mu=" if size == 1 else None
+            )
+            with _saying(f"the model takes no batch of {size} in training", small):
+                outputs = call(model, inputs)
+            if answers:
+                _check_rows(outputs, size)
+            what = f"the loss does not take outputs {_form(outputs)} with targets {_form(targets)}"
+            with _saying(what, SINGLE):
+                loss: Any = task.loss(outputs, targets)
+        _check_loss(loss)
+        with _saying("the loss has no gradients that can be used"):
+            loss.backward()
+            if learning.clip is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), learning.clip)
+
+
+@contextmanager
+def _saying(what: str, hint: str | None = None) -> Iterator[None]:
+    """Put what the user's code raises under one sentence."""
+    try:
+        yield
+    except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{what}: {first_line(error)}", hint=hint) from error
+
+
+def _check_rows(outputs: Any, size: int) -> None:
+    """Refuse outputs that are not one for each example.
+
+    Raises:
+        UserError: They are.
+    """
+    shape = tuple(main_output(outputs).shape)
+    if not shape or shape[0] != size:
+        raise UserError(
+            f"the model gives outputs of shape {shape} for {size} examples",
+            hint="the first dimension has to be that of the examples, as each has an answer of the ensemble",
+        )
+
+
+def _check_loss(loss: Any) -> None:
+    """Refuse a loss that cannot be followed.
+
+    Raises:
+        UserError: It is no tensor, no scalar, or has no gradient.
+    """
+    if not isinstance(loss, Tensor):
+        raise UserError(f"the loss gives a {type(loss).__name__}, expected a scalar tensor")
+    if loss.numel() != 1:
+        raise UserError(
+            f"the loss gives a tensor of shape {tuple(loss.shape)}, expected a scalar",
+            hint="give the mean over the batch",
+        )
+    if not loss.requires_grad:
+        raise UserError(
+            "the loss has no gradient", hint="compute it from the outputs, without detach or item"
+        )
 
 
 @dataclass(frozen=True)
@@ -38,11 +121,7 @@ class Trial:
 
     @classmethod
     def of(cls, task: Task, model: nn.Module, inputs: Any, targets: Any) -> Trial:
-        """Run a copy of a model, and the loss.
-
-        Raises:
-            UserError: The loss does not take the outputs with the targets.
-        """
+        """Run a copy of a model."""
         model = copy.deepcopy(model).eval()
         before = {name: (buffer, buffer._version) for name, buffer in model.named_buffers()}
         with torch.no_grad():
@@ -53,15 +132,6 @@ class Trial:
             for name, (buffer, version) in after.items()
             if name not in before or before[name][0] is not buffer or before[name][1] != version
         )
-        try:
-            with torch.no_grad():
-                task.loss(outputs, targets)
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            raise UserError(
-                f"the loss does not take outputs {_form(outputs)} with targets {_form(targets)}: "
-                f"{first_line(error)}",
-                hint="the loss is called as loss(outputs, targets), with what the model and the data give",
-            ) from error
         return cls(task, outputs, targets, written, task.answers)
 
     @property
