@@ -15,7 +15,7 @@ import typer
 from graphsplit import exports
 from graphsplit._ensemble import ensemble as make_ensemble
 from graphsplit._ensemble import from_bundle
-from graphsplit.bundle import EnsembleBundle, PartitionBundle, load, program_of, save
+from graphsplit.bundle import EnsembleBundle, MaskBundle, PartitionBundle, PrunedBundle, load, save
 from graphsplit.cli import console
 from graphsplit.cli.common import (
     Entry,
@@ -31,11 +31,21 @@ from graphsplit.cli.common import (
     written,
 )
 from graphsplit.cli.export import run_exports
+from graphsplit.cli.opening import single_program, what_is_in
 from graphsplit.emission import ProgramModule
 from graphsplit.errors import BundleError
 from graphsplit.loading import load_model
 from graphsplit.program import Program
 from graphsplit.tracing import trace
+
+
+class Answered(StrEnum):
+    """What outputs are."""
+
+    classes = "classes"
+    classes_last = "classes_last"
+    binary = "binary"
+    values = "values"
 
 
 class Averaged(StrEnum):
@@ -70,6 +80,14 @@ Average = Annotated[
         "given, or as in an ensemble that is opened.",
     ),
 ]
+Answers = Annotated[
+    Answered | None,
+    typer.Option(
+        "--answers",
+        help="What outputs are, where shapes cannot tell: scores of classes in dimension 1 or in the last, "
+        "of yes or no, or values.",
+    ),
+]
 Onnx = Annotated[bool, typer.Option("--onnx", help="Also write the ensemble as ONNX.")]
 
 
@@ -78,6 +96,7 @@ def ensemble(
     out: Out,
     weights: Weights = None,
     average: Average = None,
+    answers: Answers = None,
     entry: Entry = None,
     inputs: Inputs = None,
     keep_output: Outputs = None,
@@ -93,15 +112,21 @@ def ensemble(
     progress = console.Progress()
     found = [part for name in members for part in _members(name, entry, inputs, keep_output, progress)]
     averaged: Literal["outputs", "probabilities"] = "outputs" if average is None else average.value
+    kind: Literal["classes", "classes_last", "binary", "values"] | None = (
+        None if answers is None else answers.value
+    )
     rule: Literal["simple", "margin"] | tuple[float, ...] = "simple"
     if len(found) == 1 and isinstance(found[0], EnsembleBundle):  # opened
         opened = found[0]
         found = list(opened.members)
         averaged = opened.options["average"] if average is None else averaged
+        kind = opened.options.get("answers") if answers is None else kind
         rule = "margin" if opened.options["rule"] == "margin" else opened.weights
     programs = [from_bundle(part).program() if isinstance(part, EnsembleBundle) else part for part in found]
     with progress.step("join"):
-        made = make_ensemble(programs, rule if numbers is None else numbers, average=averaged).eval()
+        made = make_ensemble(
+            programs, rule if numbers is None else numbers, average=averaged, answers=kind
+        ).eval()
     report: dict[str, Any] = {
         "members": [program.name for program in programs],
         "k": made.k,
@@ -168,9 +193,9 @@ def _members(
         return list(found.submodels)
     if isinstance(found, EnsembleBundle):
         return [found]
-    if isinstance(found, (Program, ProgramModule)):
-        return [found if isinstance(found, Program) else program_of(found)]
+    if isinstance(found, (Program, ProgramModule, MaskBundle, PrunedBundle)):
+        return [single_program(found)]
     raise BundleError(
-        f"{name} holds layer groups, which run one after the other and are no members",
-        hint="give models, or bundles of one program or of a partition",
+        f"{name} holds {what_is_in(found)}, which is no member of an ensemble",
+        hint="give models, or bundles of one program, of a partition or of an ensemble",
     )

@@ -326,7 +326,7 @@ def open_any(asked: Asked, progress: Progress) -> Opened | OpenedDepth | OpenedE
     if isinstance(bundle, PartitionBundle):
         return open_partition(asked, bundle, progress)
     if asked.k is not None:
-        raise typer.BadParameter(f"-k is for partitions, and {asked.target} holds {_what(bundle)}")
+        raise typer.BadParameter(f"-k is for partitions, and {asked.target} holds {what_is_in(bundle)}")
     if isinstance(bundle, FusedBundle):
         return OpenedFused(bundle.program, asked.target, bundle)
     if isinstance(bundle, PrunedBundle):
@@ -334,15 +334,17 @@ def open_any(asked: Asked, progress: Progress) -> Opened | OpenedDepth | OpenedE
     if isinstance(bundle, EnsembleBundle):
         return OpenedEnsemble(ensemble_of(bundle), asked.target)
     if not isinstance(bundle, DepthBundle):
-        return OpenedProgram(_program_of(bundle), asked.target)
+        return OpenedProgram(single_program(bundle), asked.target)
     with progress.step("open"):
         return OpenedDepth(from_bundle(bundle), asked.target)
 
 
-def _program_of(bundle: Program | ProgramModule | MaskBundle) -> Program:
+def single_program(bundle: Program | ProgramModule | MaskBundle | PrunedBundle) -> Program:
     """The one program of a bundle; masks are zeros in its weights."""
     if isinstance(bundle, MaskBundle):
         return Masks.from_bundle(bundle).folded_program()
+    if isinstance(bundle, PrunedBundle):
+        return bundle.small
     return bundle if isinstance(bundle, Program) else program_of(bundle)
 
 
@@ -386,14 +388,17 @@ def read_bundle(path: str, progress: Progress) -> PartitionBundle:
 def _as_partition(path: str, bundle: Saved) -> PartitionBundle:
     if isinstance(bundle, PartitionBundle):
         return bundle
-    raise _no_partition(path, _what(bundle))
+    raise _no_partition(path, what_is_in(bundle))
 
 
-def _what(bundle: Saved) -> str:
+def what_is_in(bundle: Saved) -> str:
+    """The kind of a bundle, in words."""
     if isinstance(bundle, EnsembleBundle):
         return "an ensemble"
     if isinstance(bundle, DepthBundle):
         return "layer groups"
+    if isinstance(bundle, PartitionBundle):
+        return "a partition"
     return "a fused module" if isinstance(bundle, FusedBundle) else "one program"
 
 

@@ -527,3 +527,23 @@ def test_command_ends_with_a_sentence(files: list[Path], tmp_path: Path) -> None
     done = run("ensemble", groups, "-o", tmp_path / "o")
     assert done.exit_code == 6 and "layer groups" in done.stderr
     assert not (tmp_path / "o").exists()
+
+
+def test_the_command_takes_what_outputs_are_and_pruned_members(tmp_path: Path) -> None:
+    file = tmp_path / "model.py"
+    file.write_text(
+        "import torch\nfrom torch import nn\nmodel = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 1))\n"
+        "example_inputs = torch.randn(3, 5)\n"
+    )
+    done = run("prune-units", file, "-o", tmp_path / "small")
+    assert done.exit_code == 0, done.stderr
+    call = ("ensemble", file, tmp_path / "small", "--average", "probabilities")
+    done = run(*call, "-o", tmp_path / "team")
+    assert done.exit_code != 0 and "answers='binary'" in done.stderr
+    done = run(*call, "-o", tmp_path / "team", "--answers", "binary")
+    assert done.exit_code == 0, done.stderr
+    team, x = gs.load(tmp_path / "team"), torch.randn(4, 5)
+    assert isinstance(team, gs.ensembles.Ensemble) and team.k == 2
+    mean = sum(member.eval()(x).sigmoid() for member in team.members) / 2
+    torch.testing.assert_close(team.eval()(x).sigmoid(), mean)
+    assert run("verify", tmp_path / "team").exit_code == 0
