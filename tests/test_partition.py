@@ -164,3 +164,32 @@ def test_learned_queries_that_attend_to_each_other_are_no_units() -> None:
     assert certificate.ok, certificate
     counts, full = part.plan.parameter_counts(), part.plan.full_parameter_count()
     assert max(counts) < 0.3 * full
+
+
+class GraphAttention(nn.Module):
+    """Veličković et al., arXiv 1710.10903: a head's scores are sums over a parameter of each head."""
+
+    def __init__(self, sliced: bool) -> None:
+        super().__init__()
+        self.sliced = sliced
+        self.embed = nn.Linear(6, 32, bias=False)
+        self.both = nn.Parameter(torch.randn(4, 16))
+        self.source, self.target = nn.Parameter(torch.randn(1, 4, 8)), nn.Parameter(torch.randn(1, 4, 8))
+        self.head = nn.Linear(32, 3)
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        h = self.embed(x).view(-1, 4, 8)
+        source, target = (self.both[:, :8], self.both[:, 8:]) if self.sliced else (self.source, self.target)
+        scores = nn.functional.leaky_relu((h * source).sum(-1)[:, None] + (h * target).sum(-1)[None], 0.2)
+        share = scores.masked_fill(edges[..., None] == 0, -torch.inf).softmax(1)
+        return self.head(nn.functional.elu(torch.einsum("ijh,jhd->ihd", share, h).flatten(1)))
+
+
+@pytest.mark.parametrize("sliced", [False, True])
+def test_a_parameter_of_heads_is_divided_by_heads(sliced: bool) -> None:
+    torch.manual_seed(0)
+    part = gs.partition(GraphAttention(sliced), (torch.randn(7, 6), torch.ones(7, 7)), k=2)
+    certificate = part.verify()
+    assert certificate.ok, certificate
+    assert [axis.size for axis in part.plan.axes if axis.counts] == [4]
+    assert part.submodels[0].state_dict()["embed.weight"].shape == (16, 6)

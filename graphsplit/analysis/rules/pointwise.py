@@ -74,6 +74,8 @@ def align(
         has them the factors by which they are sliced.
     """
     for _, node in parts:
+        _choose_dimension(inference, node, rank, parts)
+    for _, node in parts:
         _adopt_from_others(inference, node, rank, parts)
     for _, node in parts:
         _yield_to_data(inference, node, rank, parts)
@@ -98,6 +100,34 @@ def meet(inference: Inference, rank: int, given: list[Met]) -> tuple[Factors, di
         factors.append(_settle_for(inference, _widest(members), rank, given))
     factors = [ids for ids in factors if varying(ids)]
     return tuple(factors), _slices(given, factors)
+
+
+def _choose_dimension(
+    inference: Inference, node: fx.Node, rank: int, parts: list[tuple[Path, fx.Node]]
+) -> None:
+    """A parameter is divided along one dimension where units lie across several of its own: by heads, say."""
+    if node in inference.data or inference.is_common(node):
+        return
+    shape = inference.shape(node)
+    for _, other in parts:
+        if other not in inference.data:
+            continue
+        shift = len(shape) - len(inference.shape(other))
+        for ids in inference.factors(other):
+            across = {dim + shift for dim in varying(ids) if dim + shift >= 0 and shape[dim + shift] > 1}
+            known = inference.known_factors(node) if node.op == "get_attr" else inference.factors(node)
+            if len(across) < 2 or any(len(across & set(varying(own))) > 1 for own in known):
+                continue
+            kept = ids
+            while len(varying(kept)) > 1:
+                kept = inference.units.settle(kept, varying(kept)[1:])
+            across -= {dim + shift for dim in varying(kept)}
+            for dim in across:
+                if inference.unset(node, dim):
+                    inference.adopt(node, dim, None)
+            for own in known:
+                if varying(own) and set(varying(own)) <= across:
+                    inference.units.share(own)
 
 
 def _adopt_from_others(
