@@ -768,6 +768,7 @@ OPTIONS = {
             "-o/--out",
             "--weights",
             "--average",
+            "--answers",
             "--entry",
             "--input",
             "--keep-output",
