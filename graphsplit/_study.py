@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from graphsplit.scaling.records import Records
 from graphsplit.scaling.report import write_report
 from graphsplit.signature import as_call
 from graphsplit.sparsity import Method, Scoring, choose, prunable
+from graphsplit.train.digests import digest
 from graphsplit.train.loop import Metric, misclassified, read_batch
 
 EXAMPLES = 2
@@ -227,9 +227,4 @@ def _run_cell(job: _Job) -> str:
 
 def _digest(program: Program, *pairs: Pair) -> str:
     """Identity of the model at initialisation and of the data."""
-    found = hashlib.sha256(str(program).encode())
-    tensors = [entry.tensor for entry in program.state.values()]
-    tensors += [leaf for leaf in torch.utils._pytree.tree_leaves(pairs) if isinstance(leaf, Tensor)]
-    for tensor in tensors:
-        found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()
+    return digest([str(program), [entry.tensor.detach() for entry in program.state.values()], pairs])

@@ -54,7 +54,7 @@ AXES = {
     "gpt": (5, 5),
     "llama_expand": (5, 5),
     "llama_complex_rotary": (5, 5),
-    "encoder_decoder": (5, 7),
+    "encoder_decoder": (6, 6),
     "lstm": (2, 2),
     "gru_bidirectional": (2, 2),
     "state_space": (4, 4),
