@@ -348,12 +348,12 @@ class _Values(Watched):
     def __init__(self, graph: fx.Graph, state: Mapping[str, Tensor], training: bool) -> None:
         super().__init__(graph, state)
         self.training = training
-        self.seen: list[Any] = []
+        self.seen: dict[str, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run one node and write its value down, in the order of the graph."""
+        """Run one node and write its value down, by its name."""
         value = super().run_node(n)
-        self.seen.append(value)
+        self.seen[n.name] = value
         return value
 
 
@@ -373,7 +373,7 @@ def _first_difference(analysis: Analysis, example: Example | None) -> fx.Node | 
     for number, graph in enumerate(graphs):
         become: dict[fx.Node, fx.Node] = {}
         built = extract_graph(analysis, graph, KEPT, GraphBuilder({}), become).graph
-        places = [{node: place for place, node in enumerate(g.nodes)} for g in (graph, built)]
+        kept = set(built.nodes)
         for training in modes if len(graphs) == 1 else modes[number : number + 1]:
             runs = []
             for program in (full, small):
@@ -383,9 +383,9 @@ def _first_difference(analysis: Analysis, example: Example | None) -> fx.Node | 
                     run.run(*(x.clone() for x in inputs))
                 runs.append(run.seen)
             for node, new in become.items():
-                if node.op != "call_function" or new not in places[1]:
+                if node.op != "call_function" or new not in kept:
                     continue  # inputs and state; what nothing uses
-                before, after = runs[0][places[0][node]], runs[1][places[1][new]]
+                before, after = runs[0][node.name], runs[1][new.name]
                 if _differs(analysis, node, before, after):
                     return node
     return None
