@@ -15,6 +15,7 @@ import typer
 from graphsplit import exports
 from graphsplit._ensemble import ensemble as make_ensemble
 from graphsplit._ensemble import from_bundle
+from graphsplit.answers import Answers as Kind
 from graphsplit.bundle import EnsembleBundle, MaskBundle, PartitionBundle, PrunedBundle, load, save
 from graphsplit.cli import console
 from graphsplit.cli.common import (
@@ -33,6 +34,7 @@ from graphsplit.cli.common import (
 from graphsplit.cli.export import run_exports
 from graphsplit.cli.opening import single_program, what_is_in
 from graphsplit.emission import ProgramModule
+from graphsplit.ensembles import Average as AverageName
 from graphsplit.errors import BundleError
 from graphsplit.loading import load_model
 from graphsplit.program import Program
@@ -111,10 +113,8 @@ def ensemble(
     numbers = _numbers(weights)
     progress = console.Progress()
     found = [part for name in members for part in _members(name, entry, inputs, keep_output, progress)]
-    averaged: Literal["outputs", "probabilities"] = "outputs" if average is None else average.value
-    kind: Literal["classes", "classes_last", "binary", "values"] | None = (
-        None if answers is None else answers.value
-    )
+    averaged: AverageName = "outputs" if average is None else average.value
+    kind: Kind | None = None if answers is None else answers.value
     rule: Literal["simple", "margin"] | tuple[float, ...] = "simple"
     if len(found) == 1 and isinstance(found[0], EnsembleBundle):  # opened
         opened = found[0]

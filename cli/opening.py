@@ -246,8 +246,8 @@ class OpenedPruned(OpenedProgram):
     @property
     def facts(self) -> dict[str, Any]:
         """What a report begins with."""
-        before, after = PrunedUnits.from_bundle(self.found).parameters()
-        return {**super().facts, "parameters": [before, after]}
+        programs = (self.found.source, self.found.small)
+        return {**super().facts, "parameters": [program.parameter_count() for program in programs]}
 
     @property
     def words(self) -> str:

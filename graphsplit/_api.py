@@ -47,6 +47,7 @@ from graphsplit.plan import PartitionPlan
 from graphsplit.program import Program
 from graphsplit.retarget import moved_graphs, place_of
 from graphsplit.signature import as_call
+from graphsplit.untouched import tensors_by_all_names
 from graphsplit.verification import Certificate, Example, certify, opened_model
 
 if TYPE_CHECKING:
@@ -257,8 +258,7 @@ class Partition:
     def _state(self, part: int, submodel: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Every state tensor of a sub-model by its first name, checked against the plan."""
         if isinstance(submodel, nn.Module):
-            named = dict(submodel.named_parameters(remove_duplicate=False))
-            found: Mapping[str, Tensor] = named | dict(submodel.named_buffers(remove_duplicate=False))
+            found: Mapping[str, Tensor] = tensors_by_all_names(submodel)
         else:
             found = submodel
         state = {}

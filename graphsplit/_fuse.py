@@ -21,6 +21,7 @@ from graphsplit.program import Mode, Program
 from graphsplit.retarget import Place, moved_graphs
 from graphsplit.signature import as_call
 from graphsplit.tracing import trace
+from graphsplit.untouched import tensors_by_all_names
 from graphsplit.verification import (
     BOUND,
     Certificate,
@@ -106,16 +107,11 @@ class FusedModule(ProgramModule):
 
     def models(self) -> list[ProgramModule]:
         """Each model as a module of its own, whose parameters are views of this module's: no second copy."""
-        named = self._named()
+        named = tensors_by_all_names(self)
         return [
             emit(single.with_state(self._state_of(named, number)), copy=False).train(self.training)
             for number, single in enumerate(_of_each(known(self).singles, known(self).k))
         ]
-
-    def _named(self) -> dict[str, Tensor]:
-        """Every parameter and buffer under all its names."""
-        named: dict[str, Tensor] = dict(self.named_parameters(remove_duplicate=False))
-        return named | dict(self.named_buffers(remove_duplicate=False))
 
     def _state_of(self, named: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
         own = part_of(known(self).same, {name: tensor.detach() for name, tensor in named.items()}, number)
@@ -239,7 +235,7 @@ class FusedModule(ProgramModule):
         own, singles = state.pop(_KNOWN)
         super().__setstate__(state)
         self.__dict__[_KNOWN] = own
-        named = self._named()
+        named = tensors_by_all_names(self)
         programs = (
             without_weights(program_from_data(single, self._state_of(named, number)))
             for number, single in enumerate(singles)

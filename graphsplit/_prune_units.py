@@ -24,6 +24,7 @@ from graphsplit.signature import as_call
 from graphsplit.sparsity import Method, Scope, Scoring, prunable
 from graphsplit.sparsity.scores import example_of, saliency_of
 from graphsplit.train.loop import Batches, Metric
+from graphsplit.untouched import tensors_by_all_names
 from graphsplit.verification import Certificate, Example
 
 
@@ -63,8 +64,7 @@ class PrunedUnits:
         """The smaller model as a program, with the values that `module` has now."""
         if "module" not in self.__dict__:
             return self.program
-        named = dict(self.module.named_parameters(remove_duplicate=False))
-        return self.program.with_state(named | dict(self.module.named_buffers(remove_duplicate=False)))
+        return self.program.with_state(tensors_by_all_names(self.module))
 
     @cached_property
     def module(self) -> nn.Module:

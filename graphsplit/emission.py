@@ -22,6 +22,7 @@ from graphsplit.errors import UnsupportedError
 from graphsplit.program import Mode, Program
 from graphsplit.retarget import Place, moved_graphs, place_of
 from graphsplit.signature import Signature
+from graphsplit.untouched import tensors_by_all_names
 
 Given = TypeVar("Given")
 
@@ -149,9 +150,7 @@ class ProgramModule(nn.Module):
 
         data = state.pop("_data")
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        tensors: dict[str, Tensor] = dict(self.named_parameters(remove_duplicate=False))
-        tensors |= dict(self.named_buffers(remove_duplicate=False))
-        program = program_from_data(data, tensors)
+        program = program_from_data(data, tensors_by_all_names(self))
         self.signature = program.signature
         self._graphs = program.graphs
         self._runs = tuple(_compile(graph, self.program_name) for graph in self._graphs)

@@ -42,7 +42,7 @@ from graphsplit.errors import UnsupportedError, first_line
 from graphsplit.program import Mode, Program, TensorMeta, source_of
 from graphsplit.retarget import place_of
 from graphsplit.signature import Outputs
-from graphsplit.untouched import set_tensors, untouched
+from graphsplit.untouched import set_tensors, tensors_by_all_names, untouched
 from graphsplit.verification import (
     BOUND,
     Example,
@@ -129,8 +129,7 @@ def emit_modules(analysis: Analysis, programs: Sequence[Program], example: Examp
 
 def _narrowed(model: nn.Module, program: Program) -> nn.Module:
     """A copy of the module with the program's tensors in place of its own."""
-    named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    named |= dict(model.named_buffers(remove_duplicate=False))
+    named = tensors_by_all_names(model)
     memo: dict[int, Any] = {}
     for entry in program.state.values():
         tensor = entry.tensor.detach().clone()

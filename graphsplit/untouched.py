@@ -55,6 +55,12 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
+def tensors_by_all_names(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, each by every name that it has."""
+    named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    return named | dict(model.named_buffers(remove_duplicate=False))
+
+
 def copies_of(model: nn.Module) -> dict[str, Tensor]:
     """Copies of parameters and buffers, as leaves."""
     return {
@@ -65,12 +71,8 @@ def copies_of(model: nn.Module) -> dict[str, Tensor]:
 
 def set_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Put tensors in the place of parameters and buffers, at all their names, inside of `untouched`."""
-    named = (
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    )
     first: dict[int, str] = {}
-    for name, tensor in named:
+    for name, tensor in tensors_by_all_names(model).items():
         own = first.setdefault(id(tensor), name)
         if own in tensors:
             path, _, attribute = name.rpartition(".")

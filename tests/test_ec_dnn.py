@@ -1040,6 +1040,7 @@ def test_tables_that_are_made_in_forward_can_be_trained_with() -> None:
     found = tables({})
     for model in (*found.members, found.local_model):
         model(data(40)[0]).sum().backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_buffers_that_are_written_in_eval_mode_are_warned_of() -> None:

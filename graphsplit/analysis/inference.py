@@ -269,8 +269,9 @@ class Inference:
                 if op_name(user) in PASSED_ON:
                     stack.append(user)
                     continue
-                expects = self.facts[user].expects.items() if user in self.facts else ()
-                found.append(tuple(ids for place, met in expects for ids in met if _at(user, place) is node))
+                expects = self.facts[user].expects if user in self.facts else {}
+                places = [place for place, operand in operands(user) if operand is node]
+                found.append(tuple(ids for place in places for ids in expects.get(place, ())))
         return found
 
     def _mark(self) -> None:
@@ -373,16 +374,6 @@ def whole(inference: Inference, node: fx.Node, reason: str) -> Facts:
         inference.share(operand)
     value = node.meta.get("value")
     return Facts([() for _ in value] if isinstance(value, tuple) else (), whole=reason)
-
-
-def _at(node: fx.Node, place: Path) -> Any:
-    """The operand at a place."""
-    if isinstance(place, str):
-        return node.kwargs.get(place)
-    found: Any = node.args
-    for position in place:
-        found = found[position]
-    return found
 
 
 def state_factors(dims: list[Ids | None], shape: tuple[int, ...]) -> Factors:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from graphsplit import untouched
 from graphsplit.answers import Answers, answer_count, answers_for, probabilities
 from graphsplit.ensembles import main_output
 from graphsplit.errors import UserError, first_line
@@ -252,8 +253,7 @@ class Replica:
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer, detached; tied ones once."""
-    named: dict[str, Tensor] = dict(module.named_parameters()) | dict(module.named_buffers())
-    return {name: tensor.detach() for name, tensor in named.items()}
+    return {name: tensor.detach() for name, tensor in untouched.tensors_of(module).items()}
 
 
 def put_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
