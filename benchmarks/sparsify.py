@@ -97,7 +97,7 @@ def pruned(seeds: Iterable[int], data: Pair) -> dict[Key, list[gs.Masks]]:
 def trained(masks: list[gs.Masks], rates: list[float], epochs: int, data: Pair, test: Pair) -> list[float]:
     """Test errors after training all of them at once, each with its own rate."""
     fused = gs.fuse([item.module() for item in masks])
-    optimizer = gs.train.PerModelSGD(fused.parameters(), rates, momentum=0.9, weight_decay=DECAY)
+    optimizer = gs.train.PerModelSGD(fused, rates, momentum=0.9, weight_decay=DECAY)
     images, labels = data
     steps = epochs * (len(labels) // BATCH)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)

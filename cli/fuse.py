@@ -78,7 +78,13 @@ def fuse(
         singles = tuple(map(without_weights, fused.singles))
         save(
             FusedBundle(
-                fused.program, singles, fused.k, fused.same, fused.looped, fused.in_turn, certificate=data
+                fused.program,
+                singles,
+                fused.k,
+                fused.placements,
+                fused.looped,
+                fused.in_turn,
+                certificate=data,
             ),
             out,
             overwrite=force,

@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
     fused = gs.fuse(models, images[:2])
     error = fused.verify().max_error
     print(f"{fused.k} networks in one graph of {len(fused.graph.nodes)} nodes, within {error:.0e} of each")
-    optimizer = gs.train.PerModelSGD(fused.parameters(), rate=options.rates, momentum=0.9)
+    optimizer = gs.train.PerModelSGD(fused, rate=options.rates, momentum=0.9)
     for epoch in range(options.epochs):
         for batch in torch.randperm(len(images)).split(32):
             optimizer.zero_grad()

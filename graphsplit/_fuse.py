@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from graphsplit.builder import aten
 from graphsplit.bundle import FusedBundle, program_of, without_weights
 from graphsplit.emission import ProgramModule, emit
 from graphsplit.errors import PlanError, UserError
 from graphsplit.fusion.cost import FusionCost
+from graphsplit.fusion.placement import Placement
 from graphsplit.passes.fuse import Fused, fuse_where_it_pays, part_of
 from graphsplit.passes.fuse import fuse as fuse_programs
 from graphsplit.program import Mode, Program
@@ -51,7 +51,7 @@ class _Known:
     """What a fused module knows of itself; see `Fused`."""
 
     k: int
-    same: Mapping[str, bool]
+    placements: Mapping[str, Placement]
     singles: tuple[Program, ...]
     looped: Mapping[str, int]
     in_turn: bool
@@ -62,8 +62,9 @@ class FusedModule(ProgramModule):
     """K models of one architecture, in which every op does the work of all. Made by `fuse`.
 
     Takes what one model takes, or one input for each model on a leading dimension of K; gives the outputs of
-    all on a leading dimension of K. Parameters have their original names and that dimension, too, so that one
-    optimizer trains all models; with a loss that is the sum of theirs each has its own gradient.
+    all on a leading dimension of K. Parameters have their original names, and each holds those of all models,
+    in the shape in which the ops read it: one optimizer trains all, and with a loss that is the sum of theirs
+    each has its own gradient. `models` and `state_dicts` give each model's own, as views.
 
     What it knows of itself (`k`, `looped`, `in_turn`, `cost`) gives way to a part of the models with its
     name: where they have a layer ``k``, ``fused.k`` is that.
@@ -73,11 +74,13 @@ class FusedModule(ProgramModule):
     _YIELDING: ClassVar[set[str]] = {*ProgramModule._YIELDING, "k", "looped", "in_turn", "cost"}
 
     def __init__(self, fused: Fused) -> None:
-        super().__init__(_laid_out(fused.program), copy=False)
+        super().__init__(fused.program, copy=False)
         single = fused.singles[0]
-        same = {name: same for first, same in fused.same.items() for name in _names(single, first)}
+        placements = {
+            name: each for first, each in fused.placements.items() for name in _names(single, first)
+        }
         singles = tuple(map(without_weights, fused.singles))
-        own = _Known(fused.k, same, singles, dict(fused.looped), fused.in_turn, fused.cost)
+        own = _Known(fused.k, placements, singles, dict(fused.looped), fused.in_turn, fused.cost)
         self.__dict__[_KNOWN] = own
 
     @property
@@ -102,19 +105,25 @@ class FusedModule(ProgramModule):
 
     def state_dicts(self) -> list[dict[str, Tensor]]:
         """The state of each model under the original names; the tensors are views of this module's."""
-        saved = self.state_dict()
-        return [part_of(known(self).same, saved, number) for number in range(known(self).k)]
+        saved, own = self.state_dict(), known(self)
+        return [part_of(own.placements, saved, number, own.k) for number in range(own.k)]
 
     def models(self) -> list[ProgramModule]:
-        """Each model as a module of its own, whose parameters are views of this module's: no second copy."""
-        named = tensors_by_all_names(self)
-        return [
-            emit(single.with_state(self._state_of(named, number)), copy=False).train(self.training)
-            for number, single in enumerate(_of_each(known(self).singles, known(self).k))
-        ]
+        """Each model as a module of its own, whose parameters and gradients are views of this module's."""
+        named, own = tensors_by_all_names(self), known(self)
+        found = []
+        for number, single in enumerate(_of_each(own.singles, own.k)):
+            model = emit(single.with_state(self._state_of(named, number)), copy=False).train(self.training)
+            for name, parameter in model.named_parameters():
+                gradient = named[name].grad
+                if gradient is not None:
+                    parameter.grad = own.placements[name].part(gradient, number, own.k)
+            found.append(model)
+        return found
 
     def _state_of(self, named: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
-        own = part_of(known(self).same, {name: tensor.detach() for name, tensor in named.items()}, number)
+        detached = {name: tensor.detach() for name, tensor in named.items()}
+        own = part_of(known(self).placements, detached, number, known(self).k)
         return {name: tensor.requires_grad_(named[name].requires_grad) for name, tensor in own.items()}
 
     def load_models(self, models: Sequence[nn.Module | Mapping[str, Tensor]]) -> None:
@@ -123,26 +132,28 @@ class FusedModule(ProgramModule):
         Raises:
             PlanError: There are not K of them, or one has other tensors.
         """
-        if len(models) != known(self).k:
-            raise PlanError(f"{len(models)} models for {known(self).k}")
+        placements, k = known(self).placements, known(self).k
+        if len(models) != k:
+            raise PlanError(f"{len(models)} models for {k}")
         states = [model.state_dict() if isinstance(model, nn.Module) else model for model in models]
         with torch.no_grad():
             for name, tensor in self.state_dict().items():
-                same = known(self).same.get(name, True)
-                own = tensor if same else tensor[0]
+                if name not in placements:
+                    continue
+                placement = placements[name]
+                own = placement.part(tensor, 0, k)
                 for number, state in enumerate(states):
                     if name not in state or state[name].shape != own.shape:
                         raise PlanError(
                             f"model {number} has no {name} of shape {list(own.shape)}",
                             hint="these values belong to another model",
                         )
-                    if same and not torch.equal(states[0][name], state[name]):
+                    if placement.kind == "same" and not torch.equal(states[0][name], state[name]):
                         raise PlanError(
                             f"{name} is one tensor for all models, and model {number} has other values of it",
                             hint="fuse these models anew",
                         )
-                found = [state[name] for state in states]  # which may be views of this module's
-                tensor.copy_(found[0] if same else torch.stack(found))
+                tensor.copy_(placement.together([state[name] for state in states]))
 
     def load_optimizers(
         self,
@@ -168,7 +179,9 @@ class FusedModule(ProgramModule):
             if lost is not None:
                 raise PlanError(f"model {lost} has no parameter {name}")
             states = [own.state.get(found[name], {}) for own, found in zip(optimizers, named, strict=True)]
-            optimizer.state[parameter] = _together(name, states, named[0][name].shape)
+            optimizer.state[parameter] = _together(
+                name, states, named[0][name].shape, known(self).placements[name]
+            )
 
     def split_optimizer(
         self,
@@ -177,11 +190,12 @@ class FusedModule(ProgramModule):
         models: Sequence[nn.Module],
     ) -> None:
         """Go on apart where this module's optimizer has stopped; the opposite of `load_optimizers`."""
+        placements, k = known(self).placements, known(self).k
         for number, (own, model) in enumerate(zip(optimizers, models, strict=True)):
             named = dict(model.named_parameters())
             for name, parameter in self.named_parameters():
                 own.state[named[name]] = {
-                    key: value[number].clone()
+                    key: placements[name].part(value, number, k).clone()
                     if isinstance(value, Tensor) and value.shape == parameter.shape
                     else value.clone()
                     if isinstance(value, Tensor)
@@ -196,20 +210,20 @@ class FusedModule(ProgramModule):
         is left out, as each way draws other numbers.
         """
         own, singles = known(self), tuple(map(program_of, self.models()))
-        return certify_fused(Fused(program_of(self), singles, own.k, own.same, own.looped))
+        return certify_fused(Fused(program_of(self), singles, own.k, own.placements, own.looped))
 
     def to_bundle(self) -> FusedBundle:
         """What `gs.save` writes."""
         own = known(self)
-        same = {name: own.same[name] for name in own.singles[0].state}
+        placements = {name: own.placements[name] for name in own.singles[0].state}
         return FusedBundle(
-            program_of(self), own.singles, own.k, same, own.looped, own.in_turn, training=self.training
+            program_of(self), own.singles, own.k, placements, own.looped, own.in_turn, training=self.training
         )
 
     @classmethod
     def from_bundle(cls, found: FusedBundle) -> FusedModule:
         """The module that a bundle holds."""
-        fused = Fused(found.program, found.singles, found.k, found.same, found.looped, found.in_turn)
+        fused = Fused(found.program, found.singles, found.k, found.placements, found.looped, found.in_turn)
         return cls(fused).train(found.training)
 
     def _follow(self, before: Place | None, after: Place | None) -> None:
@@ -243,28 +257,6 @@ class FusedModule(ProgramModule):
         self.__dict__[_KNOWN] = replace(own, singles=tuple(programs))
 
 
-def _laid_out(program: Program) -> Program:
-    """Weights that are only ever read transposed stand transposed in memory, and so do their gradients."""
-    turned = {
-        name: entry.tensor.detach().mT.contiguous().mT.requires_grad_(entry.tensor.requires_grad)
-        for name, entry in program.state.items()
-        if entry.kind == "parameter" and _is_read_transposed(program, name)
-    }
-    return program.with_state(turned)
-
-
-def _is_read_transposed(program: Program, name: str) -> bool:
-    readers = [
-        reader
-        for graph in program.graphs
-        for node in graph.find_nodes(op="get_attr", target=name)
-        for reader in node.users
-    ]
-    return bool(readers) and all(
-        reader.target is aten.transpose.int and reader.args[1:] == (1, 2) for reader in readers
-    )
-
-
 def _of_each(singles: Sequence[Program], k: int) -> Sequence[Program]:
     """The program of each model, where one may stand for all."""
     return singles if len(singles) == k else [singles[0]] * k
@@ -275,13 +267,15 @@ def _names(program: Program, name: str) -> tuple[str, ...]:
     return (name, *program.state[name].aliases)
 
 
-def _together(name: str, states: Sequence[Mapping[str, Any]], shape: torch.Size) -> dict[str, Any]:
+def _together(
+    name: str, states: Sequence[Mapping[str, Any]], shape: torch.Size, placement: Placement
+) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key in states[0]:
         values = [state.get(key) for state in states]
         tensors = [value for value in values if isinstance(value, Tensor) and value.shape == shape]
         if len(tensors) == len(values) and shape:
-            found[key] = torch.stack(tensors)
+            found[key] = placement.together(tensors)
         elif all(_equal(value, values[0]) for value in values):
             found[key] = values[0].clone() if isinstance(values[0], Tensor) else values[0]
         else:
@@ -306,15 +300,16 @@ def certify_fused(fused: Fused) -> Certificate:
     singles = _of_each(fused.singles, fused.k)
     single = singles[0]
     drawn = [drawn_state(own, generator) for own in singles]
+    shared = [name for name in drawn[0] if fused.placements[name].kind == "same"]
     for other in drawn[1:]:
-        other.update((name, value) for name, value in drawn[0].items() if fused.same[name])
-    together = {
-        name: (value if fused.same[name] else torch.stack([own[name] for own in drawn])).requires_grad_(
-            single.state[name].requires_grad
-        )
-        for name, value in drawn[0].items()
+        other.update((name, drawn[0][name]) for name in shared)
+    state = {
+        name: fused.placements[name]
+        .together([own[name] for own in drawn])
+        .requires_grad_(single.state[name].requires_grad)
+        for name in drawn[0]
     }
-    whole = in_double(quiet(fused.program.with_state(together)))
+    whole = in_double(quiet(fused.program.with_state(state)))
     programs = [
         in_double(quiet(program.with_state(own))) for program, own in zip(singles, drawn, strict=True)
     ]
@@ -349,8 +344,8 @@ def has_own_inputs(fused: Program, single: Program) -> bool:
 def _errors(found: Ran, own: Ran, fused: Fused, number: int) -> tuple[float, float, float]:
     """Of outputs, buffers and gradients of one model."""
     outputs = [value[number] if isinstance(value, Tensor) else value for value in found.outputs]
-    buffers = part_of(fused.same, found.buffers, number)
-    gradients = part_of(fused.same, found.gradients, number)
+    buffers = part_of(fused.placements, found.buffers, number, fused.k)
+    gradients = part_of(fused.placements, found.gradients, number, fused.k)
     return (
         outputs_error(outputs, own.outputs),
         tensors_error(buffers, own.buffers),

@@ -71,7 +71,7 @@ def run_trials(
     count = len(settings)
     model = fuse([masked(program_of(task.model), masks)] * count).train()
     optimizer = PerModelSGD(
-        model.parameters(),
+        model,
         [one.rate for one in settings],
         momentum=[one.momentum for one in settings],
         nesterov=cell.optimizer == "nesterov",

@@ -9,8 +9,8 @@ After::
 
     y = conv2d(x, cat([w_0, w_1])); z = relu(y)
 
-Weights stand on a leading dimension of K, and so do the outputs. Random numbers are drawn for each model by
-itself, running statistics are each model's own (horizontal fusion: HFTA, Wang et al., MLSys 2021).
+Weights stand as the ops read them, outputs on a leading dimension of K. Random numbers are drawn for each
+model by itself, running statistics are each model's own (horizontal fusion: HFTA, Wang et al., MLSys 2021).
 
 Models may differ in numbers among the arguments of ops, as sub-models do that take their share of a value all
 have: such an op runs once for each model.
@@ -31,6 +31,7 @@ from graphsplit.errors import PartitionError, PlanError, UnsupportedError
 from graphsplit.fusion import rules as _rules  # noqa: F401  (registers the rules)
 from graphsplit.fusion.cost import FusionCost, fusion_cost
 from graphsplit.fusion.fuser import Fuser, Own
+from graphsplit.fusion.placement import Placement, as_read
 from graphsplit.graphs import node_arg
 from graphsplit.passes.base import Pass, PassResult, Programs
 from graphsplit.program import TRAINING, Program, StateEntry, TensorMeta, op_name, source_of
@@ -45,8 +46,8 @@ class Fused:
         singles: The program of each model. One stands for all where they differ in nothing but the values of
             parameters and buffers of floating point.
         k: Number of models.
-        same: For each state tensor whether all models share one, which holds for buffers that are equal and
-            never written; others have a leading dimension of K.
+        placements: How each state tensor of all models stands in one: buffers that are equal and never
+            written once, most others as the ops read them.
         looped: How many ops of each name run once for each model.
         in_turn: Every op does, as fusing does not pay.
         cost: What was measured to find that out.
@@ -55,7 +56,7 @@ class Fused:
     program: Program
     singles: tuple[Program, ...]
     k: int
-    same: Mapping[str, bool]
+    placements: Mapping[str, Placement]
     looped: Mapping[str, int]
     in_turn: bool = False
     cost: FusionCost | None = None
@@ -85,10 +86,10 @@ def fuse(programs: Sequence[Program], *, own_inputs: bool = False, in_turn: bool
         fuser.run(graph, own_inputs=own_inputs) for fuser, graph in zip(fusers, first.graphs, strict=True)
     )
     looped = {name: count for fuser in fusers for name, count in fuser.looped.items()}
+    placements = {name: Placement("same" if shared else "stack") for name, shared in same.items()}
+    placements |= as_read(graphs, [name for name, shared in same.items() if not shared], k)
     state = {
-        name: replace(
-            entry, tensor=entry.tensor if same[name] else stacked([p.state[name] for p in programs])
-        )
+        name: replace(entry, tensor=together(placements[name], [p.state[name] for p in programs]))
         for name, entry in first.state.items()
     }
     signature = first.signature
@@ -104,7 +105,7 @@ def fuse(programs: Sequence[Program], *, own_inputs: bool = False, in_turn: bool
     )
     values = all(_is_drawn(entry) or _is_same(programs, name) for name, entry in first.state.items())
     singles = (first,) if values and not any(own) else tuple(programs)
-    return Fused(fused, singles, k, same, looped, in_turn)
+    return Fused(fused, singles, k, placements, looped, in_turn)
 
 
 def fuse_where_it_pays(
@@ -128,15 +129,22 @@ def fuse_where_it_pays(
     return replace(fused, cost=cost)
 
 
-def stacked(entries: Sequence[StateEntry]) -> Tensor:
-    """The values of K models on a leading dimension."""
-    tensor = torch.stack([entry.tensor.detach() for entry in entries])
+def together(placement: Placement, entries: Sequence[StateEntry]) -> Tensor:
+    """The values of K models in one tensor."""
+    tensor = placement.together([entry.tensor.detach() for entry in entries])
     return tensor.requires_grad_(entries[0].tensor.requires_grad)
 
 
-def part_of(same: Mapping[str, bool], state: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
-    """State of one model, as views of that of all; for ``same`` see `Fused`."""
-    return {name: tensor if same.get(name, True) else tensor[number] for name, tensor in state.items()}
+def part_of(
+    placements: Mapping[str, Placement], state: Mapping[str, Tensor], number: int, k: int
+) -> dict[str, Tensor]:
+    """State of one of K models, as views of that of all; for ``placements`` see `Fused`.
+
+    Constants that fusing has added are no model's, and are left out.
+    """
+    return {
+        name: placements[name].part(tensor, number, k) for name, tensor in state.items() if name in placements
+    }
 
 
 def _is_same(programs: Sequence[Program], name: str) -> bool:

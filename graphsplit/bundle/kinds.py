@@ -15,6 +15,7 @@ from graphsplit.bundle.reader import Reader
 from graphsplit.depth.plan import DepthPlan
 from graphsplit.emission import ProgramModule, emit
 from graphsplit.errors import BundleError
+from graphsplit.fusion.placement import Placement
 from graphsplit.plan import PartitionPlan
 from graphsplit.program import Program
 from graphsplit.serialization import decode, encode
@@ -132,7 +133,7 @@ class FusedBundle:
         program: All of them.
         singles: Each, without weights; one stands for all where they differ in no more than that.
         k: How many.
-        same: For each state tensor whether all models share one; others have a leading dimension of K.
+        placements: How each state tensor of all models stands in one.
         looped: How many ops of each name run once for each model.
         in_turn: Every op does.
         training: In train mode.
@@ -143,7 +144,7 @@ class FusedBundle:
     program: Program
     singles: tuple[Program, ...]
     k: int
-    same: Mapping[str, bool]
+    placements: Mapping[str, Placement]
     looped: Mapping[str, int]
     in_turn: bool = False
     training: bool = True
@@ -157,7 +158,9 @@ class FusedBundle:
         content.index["single"] = content.add("single", single)
         if others:
             content.index["others"] = content.add_all("other", others)
-        content.index["same"] = sorted(name for name, same in self.same.items() if same)
+        content.index["placements"] = {
+            name: [placement.kind, placement.ones] for name, placement in sorted(self.placements.items())
+        }
         content.index["looped"] = dict(sorted(self.looped.items()))
         content.index["training"] = self.training
         content.add_rest(self.certificate, {})
@@ -168,12 +171,14 @@ class FusedBundle:
         """What was written."""
         manifest = reader.manifest
         program, single = reader.program(manifest["program"]), reader.program(manifest["single"])
-        same = set(manifest["same"])
+        placements = {
+            str(name): Placement(kind, ones) for name, (kind, ones) in manifest["placements"].items()
+        }
         k, others = int(manifest["k"]), manifest.get("others", [])
         odd = [
             name
-            for name, entry in program.state.items()
-            if name in single.state and name not in same and entry.tensor.shape[:1] != (k,)
+            for name, entry in single.state.items()
+            if program.state[name].tensor.shape != placements[name].shape(entry.tensor.shape, k)
         ]
         if odd:
             raise BundleError(f"{reader.folder / MANIFEST} is for {k} models, and {odd[0]} is not of so many")
@@ -183,7 +188,7 @@ class FusedBundle:
             program=program,
             singles=(single, *reader.programs(others)),
             k=k,
-            same={name: name in same for name in single.state},
+            placements=placements,
             looped={str(name): int(count) for name, count in manifest["looped"].items()},
             in_turn=manifest["in_turn"] is True,
             training=manifest["training"] is True,

@@ -1,21 +1,21 @@
 """Optimizers of fused models in which every model has settings of its own.
 
-Parameters have a leading dimension of K; a setting is a number for all, or one for each model. What is
-computed is what ``torch.optim.SGD`` and ``torch.optim.AdamW`` compute for each model by itself. The learning
-rate of a parameter group, ``lr``, is a factor on all rates, 1 at the start, so that the schedulers of
-``torch.optim.lr_scheduler`` work as ever.
+A setting is a number for all models, or one for each. What is computed is what ``torch.optim.SGD`` and
+``torch.optim.AdamW`` compute for each model by itself. The learning rate of a parameter group, ``lr``, is a
+factor on all rates, 1 at the start, so that the schedulers of ``torch.optim.lr_scheduler`` work as ever.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from graphsplit._fuse import FusedModule, known
 from graphsplit.errors import UserError
 
 Setting = float | Sequence[float]
@@ -24,21 +24,18 @@ Setting = float | Sequence[float]
 class _PerModel(Optimizer, ABC):
     """Settings as vectors of K."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], settings: dict[str, Setting]) -> None:
-        given = list(parameters)
-        if not given:
+    def __init__(self, module: FusedModule, settings: dict[str, Setting]) -> None:
+        if not isinstance(module, FusedModule):
+            raise UserError(
+                f"a fused module is expected, and a {type(module).__name__} was given",
+                hint="give what gs.fuse or partition.fuse() made, not its parameters",
+            )
+        parameters = list(module.parameters())
+        if not parameters:
             raise UserError("there are no parameters to train")
-        if not all(isinstance(parameter, Tensor) for parameter in given):
-            raise UserError(
-                "parameters are given in groups", hint="give the parameters, and settings as vectors of K"
-            )
-        self.k = len(given[0]) if given[0].dim() else 0
-        if not self.k or any(not parameter.dim() or len(parameter) != self.k for parameter in given):
-            raise UserError(
-                "the parameters have no leading dimension of K", hint="give those of a fused module"
-            )
+        self.k = known(module).k
         vectors = {name: self._vector(name, value) for name, value in settings.items()}
-        super().__init__(given, {"lr": 1.0, **vectors})
+        super().__init__(parameters, {"lr": 1.0, **vectors})
 
     def _vector(self, name: str, value: Setting) -> Tensor:
         try:
@@ -70,15 +67,16 @@ class _PerModel(Optimizer, ABC):
 
 
 def _along(vector: Tensor, like: Tensor) -> Tensor:
-    """One entry for each model, to be broadcast."""
-    return vector.to(like).view(-1, *[1] * (like.dim() - 1))
+    """An entry for each model as often as it has rows: the first dimension is K, or a multiple of it."""
+    rows = vector.to(like).repeat_interleave(len(like) // len(vector))
+    return rows.view(-1, *[1] * (like.dim() - 1))
 
 
 class PerModelSGD(_PerModel):
     """``torch.optim.SGD`` for each of K fused models.
 
     Args:
-        parameters: Of a `FusedModule`, ``[K, ...]``.
+        module: All of whose parameters are trained.
         rate: Learning rate.
         momentum: Of the running sum of gradients.
         weight_decay: Added to the gradient, times the parameter.
@@ -90,7 +88,7 @@ class PerModelSGD(_PerModel):
 
     def __init__(
         self,
-        parameters: Iterable[nn.Parameter],
+        module: FusedModule,
         rate: Setting = 1e-3,
         momentum: Setting = 0.0,
         weight_decay: Setting = 0.0,
@@ -98,7 +96,7 @@ class PerModelSGD(_PerModel):
     ) -> None:
         self.nesterov = nesterov
         settings = {"rate": rate, "momentum": momentum, "weight_decay": weight_decay}
-        super().__init__(parameters, settings)
+        super().__init__(module, settings)
 
     def _update(self, p: nn.Parameter, g: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
         g = g + _along(group["weight_decay"], p) * p
@@ -116,7 +114,7 @@ class PerModelAdamW(_PerModel):
     """``torch.optim.AdamW`` for each of K fused models (Loshchilov & Hutter, arXiv 1711.05101).
 
     Args:
-        parameters: Of a `FusedModule`, ``[K, ...]``.
+        module: All of whose parameters are trained.
         rate: Learning rate.
         beta1: Decay of the first moment.
         beta2: Decay of the second moment.
@@ -129,7 +127,7 @@ class PerModelAdamW(_PerModel):
 
     def __init__(
         self,
-        parameters: Iterable[nn.Parameter],
+        module: FusedModule,
         rate: Setting = 1e-3,
         beta1: Setting = 0.9,
         beta2: Setting = 0.999,
@@ -137,7 +135,7 @@ class PerModelAdamW(_PerModel):
         weight_decay: Setting = 1e-2,
     ) -> None:
         settings = {"rate": rate, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(parameters, settings)
+        super().__init__(module, settings)
 
     def _update(self, p: nn.Parameter, g: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
         if not state:
