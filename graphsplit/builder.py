@@ -118,9 +118,9 @@ class GraphBuilder:
         return self.call(aten.slice.Tensor, args, value)
 
     def index(self, index: NDArray[np.int64], device: str) -> fx.Node:
-        """A constant tensor of indices."""
+        """A constant tensor of indices, of any shape."""
         name = self._constant_name(index)
-        return self.state(name, TensorMeta((Dim(index.size),), torch.int64, device))
+        return self.state(name, TensorMeta(tuple(map(Dim, index.shape)), torch.int64, device))
 
     def _constant_name(self, index: NDArray[np.int64]) -> str:
         """Name of the constant that holds these indices; added where there is none yet."""

@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from graphsplit.passes import Pipeline
 from graphsplit.passes import fuse as fuse_pass
 from graphsplit.passes.base import Programs
 from graphsplit.passes.fuse import fuse as fuse_programs
-from graphsplit.program import check
+from graphsplit.program import check, op_name
 from laws import run, script
 from zoo import traced
 
@@ -185,7 +186,44 @@ def test_every_op_of_a_convolutional_net_does_the_work_of_all(partition: gs.Part
     assert fused.looped == {} and fused.k == 2
     assert fused.verify().ok
     before = len(partition.programs[0].graph().nodes)
-    assert len(fused.graph.nodes) == before + 2  # where images become rows
+    assert len(fused.graph.nodes) == before + 1  # where images become rows
+
+
+class Blocks(nn.Module):
+    """Blocks of a transformer between two linear layers."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 16), nn.Linear(16, 5)
+        self.norms = nn.ModuleList(nn.LayerNorm(16) for _ in range(depth))
+        self.products = nn.ModuleList(
+            nn.ModuleList([nn.Linear(16, 48), nn.Linear(16, 16), nn.Linear(16, 32), nn.Linear(32, 16)])
+            for _ in range(depth)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for norm, (mix, out, wide, narrow) in zip(self.norms, self.products, strict=True):  # type: ignore[misc]
+            heads = [h.view(*x.shape[:2], 4, 4).transpose(1, 2) for h in mix(norm(x)).chunk(3, dim=-1)]
+            found = nn.functional.scaled_dot_product_attention(*heads, is_causal=True)
+            x = x + out(found.transpose(1, 2).reshape(x.shape))
+            x = x + narrow(nn.functional.gelu(wide(x)))
+        scores: Tensor = self.last(x)
+        return scores
+
+
+def test_further_blocks_change_no_layout() -> None:
+    def added(depth: int) -> Counter[str]:
+        program = gs.trace(Blocks(depth), torch.randn(2, 7, 6))
+        fused = fuse_programs([program] * K)
+        assert certify_fused(fused).ok and not fused.looped
+        ops = [Counter(map(op_name, one.graph().nodes)) for one in (fused.program, program)]
+        return ops[0] - ops[1]
+
+    changes = added(2) - added(1)
+    assert changes.keys() == {"addcmul.default", "baddbmm.default", "reshape.default"}
+    assert changes["addcmul.default"] == 1  # the norm's weights
+    assert changes["baddbmm.default"] == 4 and changes["reshape.default"] == 3  # for linear and view
 
 
 def test_outputs_stand_on_a_leading_dimension(partition: gs.Partition) -> None:

@@ -1,11 +1,16 @@
-"""Brings the graph of one model over to K models: every value in one of three layouts, every op by a rule.
+"""Brings the graph of one model over to K models: every value in one of five layouts, every op by a rule.
 
 A value of one model, ``[N, C, ...]``, stands in the fused graph as
 
 - ``SAME``: one value for all models, ``[N, C, ...]``;
 - ``STACK``: ``[K, N, C, ...]``;
+- ``JOIN``: ``[K * N, C, ...]``, all models as one batch, as attention takes it;
+- ``MATRIX``: ``[K, N * C * ..., W]``, W being the last dimension, as batched products take it;
 - ``FOLD``: ``[N, K * C, ...]``, the channels of model 0 first, so that grouped convolutions, batch norm and
   pooling need no view at all.
+
+A value keeps its layout through ops that know it, so that changes from one to another and back, which would
+cancel, are not made.
 
 What has no rule, or is called in a way that its rule does not know, runs once for each model on slices, which
 is always right; so does what has other numbers among its arguments in each model, as a slice that takes a
@@ -14,6 +19,7 @@ sub-model's share of a value that all have. With ``in_turn`` every op does.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +41,8 @@ class Layout(Enum):
 
     SAME = "same"
     STACK = "stack"
+    JOIN = "join"
+    MATRIX = "matrix"
     FOLD = "fold"
 
 
@@ -46,11 +54,13 @@ class Value:
         node: In the fused graph.
         layout: How the models stand in it.
         meta: Of one model's tensor.
+        sizes: Of a matrix: those of the dimensions that are one in it, of which one may be -1.
     """
 
     node: fx.Node
     layout: Layout
     meta: TensorMeta
+    sizes: tuple[Any, ...] = ()
 
 
 Result = Value | tuple[Any, ...] | fx.Node
@@ -158,9 +168,10 @@ class Fuser:
 
     def meta_in(self, layout: Layout, meta: TensorMeta) -> TensorMeta:
         """Of the fused tensor."""
-        if layout is Layout.STACK:
-            return self.stacked(meta)
-        return self.folded(meta) if layout is Layout.FOLD else meta
+        if layout is Layout.SAME:
+            return meta
+        makers = {Layout.STACK: self.stacked, Layout.JOIN: self.joined, Layout.MATRIX: self.flattened}
+        return makers.get(layout, self.folded)(meta)
 
     def stack(self, value: Value) -> fx.Node:
         """The value as ``[K, ...]``."""
@@ -174,12 +185,22 @@ class Fuser:
             one = TensorMeta((Dim(1), *value.meta.dims), value.meta.dtype, value.meta.device)
             lifted = self.build.call(aten.unsqueeze.default, (value.node, 0), one)
             return self.build.call(aten.expand.default, (lifted, [self.k] + [-1] * value.meta.ndim), wanted)
+        if value.layout is Layout.JOIN:
+            return self.build.call(aten.unflatten.int, (value.node, 0, [self.k, -1]), wanted)
+        if value.layout is Layout.MATRIX:
+            return self.build.call(aten.unflatten.int, (value.node, 1, list(value.sizes)), wanted)
         return self.exchange(self.apart(value), wanted)
 
     def exchange(self, node: fx.Node, value: TensorMeta) -> fx.Node:
         """The first two dimensions in the other order."""
-        order = [1, 0, *range(2, value.ndim)]
-        return self.build.call(aten.permute.default, (node, order), value)
+        return self.permuted(node, [1, 0, *range(2, value.ndim)], value)
+
+    def permuted(self, node: fx.Node, order: Sequence[int], value: TensorMeta) -> fx.Node:
+        """Dimensions in another order; of what was permuted before, from where it came."""
+        if node.target is aten.permute.default:
+            before: Any = node.args[1]
+            node, order = node_arg(node), [before[place] for place in order]
+        return self.build.call(aten.permute.default, (node, list(order)), value)
 
     def apart(self, value: Value) -> fx.Node:
         """A folded value as ``[N, K, C, ...]``."""
@@ -203,11 +224,11 @@ class Fuser:
             return self.build.call(aten.repeat.default, (value.node, times), wanted)
         batch, channels, *rest = value.meta.dims
         middle = TensorMeta((batch, Dim(self.k), channels, *rest), wanted.dtype, wanted.device)
-        return self.flat(self.exchange(value.node, middle), 1, wanted)
+        return self.flat(self.exchange(self.stack(value), middle), 1, wanted)
 
     def join(self, value: Value) -> fx.Node:
-        """The value as ``[K * N, ...]``: all models as one batch."""
-        return self._cached(value, "join", self._join)
+        """The value as ``[K * N, ...]``: all models as one batch; of a parameter, the rows of all."""
+        return value.node if value.layout is Layout.JOIN else self._cached(value, "join", self._join)
 
     def _join(self, value: Value) -> fx.Node:
         return self.flat(self.stack(value), 0, self.joined(value.meta))
@@ -218,18 +239,44 @@ class Fuser:
         size = Dim(self.k * first.hint, None if first.symbol is None else f"{self.k}*({first.symbol})")
         return TensorMeta((size, *rest), meta.dtype, meta.device)
 
-    def parted(self, node: fx.Node, meta: TensorMeta) -> Value:
-        """``[K * N, ...]`` as a stack."""
-        found = self.build.call(aten.unflatten.int, (node, 0, [self.k, -1]), self.stacked(meta))
-        return Value(found, Layout.STACK, meta)
+    def matrix(self, value: Value) -> fx.Node:
+        """The value, of two dimensions or more, as ``[K, ..., W]`` with all between as one."""
+        if value.layout is Layout.MATRIX or value.meta.ndim == 2:
+            return value.node if value.layout is Layout.MATRIX else self.stack(value)
+        return self._cached(value, "matrix", self._matrix)
+
+    def _matrix(self, value: Value) -> fx.Node:
+        wanted, last = self.flattened(value.meta), value.meta.dims[-1]
+        if value.layout is Layout.JOIN and last.symbol is None:
+            return self.build.call(aten.reshape.default, (value.node, [self.k, -1, last.hint]), wanted)
+        args = (self.stack(value), 1, value.meta.ndim - 1)
+        return self.build.call(aten.flatten.using_ints, args, wanted)
+
+    def flattened(self, meta: TensorMeta) -> TensorMeta:
+        """``[K, ..., W]`` with all between as one."""
+        *between, last = meta.dims
+        fixed = all(dim.symbol is None for dim in between)
+        symbol = None if fixed else "*".join(f"({dim})" for dim in between)
+        rows = Dim(math.prod(dim.hint for dim in between), symbol)
+        return TensorMeta((Dim(self.k), rows, last), meta.dtype, meta.device)
+
+    def sizes(self, value: Value) -> tuple[Any, ...]:
+        """Of all dimensions but the last, of which one may be left open, -1."""
+        if value.sizes:
+            return value.sizes
+        found: list[Any] = []
+        for place, size in enumerate(value.meta.dims[:-1]):
+            if size.symbol is None:
+                found.append(size.hint)
+            elif -1 not in found:
+                found.append(-1)
+            else:
+                found.append(self.build.call(aten.sym_size.int, (self.stack(value), place + 1), size))
+        return tuple(found)
 
     def flat(self, node: fx.Node, dim: int, value: TensorMeta) -> fx.Node:
         """Two neighbouring dimensions as one."""
         return self.build.call(aten.flatten.using_ints, (node, dim, dim + 1), value)
-
-    def rows(self, value: Value) -> fx.Node:
-        """A parameter ``[K, C, ...]`` as ``[K * C, ...]``."""
-        return self._cached(value, "rows", self._join)
 
     def aligned(self, value: Value, rank: int) -> fx.Node:
         """A stack with dimensions of one behind the first, to broadcast like a tensor of ``rank``."""
@@ -321,15 +368,18 @@ class Fuser:
         made = self.build.call(node.target, args, node.meta.get("value"), kwargs)
         return self.wrap(made, Layout.SAME, node.meta.get("value"))
 
-    def wrap(self, made: fx.Node, layout: Layout, meta: Any) -> Result:
+    def wrap(self, made: fx.Node, layout: Layout, meta: Any, sizes: tuple[Any, ...] = ()) -> Result:
         """The value, or values, that an op gives, of which ``meta`` is that of one model."""
         if isinstance(meta, TensorMeta):
-            return Value(made, layout, meta)
+            return Value(made, layout, meta, sizes)
         if not isinstance(meta, tuple):
             return made
         return tuple(
             Value(
-                self.build.call(operator.getitem, (made, position), self.meta_in(layout, item)), layout, item
+                self.build.call(operator.getitem, (made, position), self.meta_in(layout, item)),
+                layout,
+                item,
+                sizes,
             )
             if isinstance(item, TensorMeta)
             else item
@@ -379,20 +429,22 @@ class Fuser:
             found[argument.name] = self.lookup(given)
         return found
 
-    def invoke(self, node: fx.Node, arguments: Mapping[str, Any], layout: Layout) -> Result:
+    def invoke(
+        self, node: fx.Node, arguments: Mapping[str, Any], layout: Layout, sizes: tuple[Any, ...] = ()
+    ) -> Result:
         """The op of a node with other arguments, in which tensors are nodes already."""
         meta = node.meta.get("value")
         given = meta if isinstance(meta, tuple) else (meta,)
         values = tuple(self.meta_in(layout, item) if isinstance(item, TensorMeta) else item for item in given)
         made = self._invoked(node, arguments, values if isinstance(meta, tuple) else values[0])
-        return self.wrap(made, layout, meta)
+        return self.wrap(made, layout, meta, sizes)
 
     def invoke_as_one_batch(self, node: fx.Node, arguments: Mapping[str, Any]) -> Value | None:
         """The same on values that were joined; None where the op gives more than one tensor."""
         meta = node.meta.get("value")
         if not isinstance(meta, TensorMeta):
             return None
-        return self.parted(self._invoked(node, arguments, self.joined(meta)), meta)
+        return Value(self._invoked(node, arguments, self.joined(meta)), Layout.JOIN, meta)
 
     def _invoked(self, node: fx.Node, arguments: Mapping[str, Any], value: Any) -> fx.Node:
         args, kwargs = [], {}
@@ -404,9 +456,16 @@ class Fuser:
                 kwargs[argument.name] = given
         return self.build.call(node.target, tuple(args), value, kwargs)
 
-    def call(self, target: Any, args: tuple[Any, ...], layout: Layout, meta: TensorMeta) -> Value:
+    def call(
+        self,
+        target: Any,
+        args: tuple[Any, ...],
+        layout: Layout,
+        meta: TensorMeta,
+        sizes: tuple[Any, ...] = (),
+    ) -> Value:
         """An op that gives a value with the meta of one model."""
-        return Value(self.build.call(target, args, self.meta_in(layout, meta)), layout, meta)
+        return Value(self.build.call(target, args, self.meta_in(layout, meta)), layout, meta, sizes)
 
 
 def _in_memory(graph: fx.Graph) -> set[fx.Node]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import string
-from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 
@@ -17,7 +16,7 @@ from graphsplit.graphs import base_name, draws, overload_of
 from graphsplit.program import Dim, TensorMeta, meta_of
 
 Arguments = dict[str, Any]
-SAME, STACK, FOLD = Layout.SAME, Layout.STACK, Layout.FOLD
+SAME, STACK, JOIN, MATRIX, FOLD = Layout.SAME, Layout.STACK, Layout.JOIN, Layout.MATRIX, Layout.FOLD
 
 
 def _values(arguments: Arguments) -> list[Value]:
@@ -49,7 +48,7 @@ _BY_CHANNEL = {"feature_dropout", "feature_alpha_dropout"}
 
 @rule(*(name for name in (*UNARY, *NARY) if name not in _BY_CHANNEL), "to", "_to_copy")
 def pointwise(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
-    """Broadcasting as in one model: on folded values where all can be, else on stacks."""
+    """Broadcasting as in one model, in the layout of an operand where all can be in it, else on stacks."""
     meta = node.meta.get("value")
     values = _values(arguments)
     if not isinstance(meta, TensorMeta) or _promotes(values, meta):
@@ -66,6 +65,12 @@ def pointwise(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | Non
         nodes = {value: _foldable(fuser, value, meta) for value in values}
         if all(found is not None for found in nodes.values()):
             return fuser.invoke(node, _with(arguments, nodes.__getitem__), FOLD)
+    for layout, operand in ((MATRIX, _as_matrix), (JOIN, _joinable)):
+        led = next((value for value in values if value.layout is layout), None)
+        if led is not None:
+            nodes = {value: operand(fuser, value, meta) for value in values}
+            if all(found is not None for found in nodes.values()):
+                return fuser.invoke(node, _with(arguments, nodes.__getitem__), layout, led.sizes)
 
     def stacked(value: Value) -> fx.Node:
         if value.layout is SAME and not (draws(node) and value.meta.ndim == meta.ndim):
@@ -87,7 +92,7 @@ def _promotes(values: list[Value], result: TensorMeta) -> bool:
 def type_as(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
     """Of the other tensor only the dtype matters."""
     x = arguments["self"]
-    return fuser.invoke(node, {"self": x.node, "other": arguments["other"].node}, x.layout)
+    return fuser.invoke(node, {"self": x.node, "other": arguments["other"].node}, x.layout, x.sizes)
 
 
 def _foldable(fuser: Fuser, value: Value, result: TensorMeta) -> fx.Node | None:
@@ -103,9 +108,27 @@ def _foldable(fuser: Fuser, value: Value, result: TensorMeta) -> fx.Node | None:
         return None
     if place == 1:
         return fuser.fold(value) if own.dims[1].symbol is None else None
-    if value.layout is STACK:
-        return fuser.rows(value)
-    return None
+    return fuser.join(value) if value.layout is STACK else None
+
+
+def _as_matrix(fuser: Fuser, value: Value, result: TensorMeta) -> fx.Node | None:
+    """An operand that broadcasts against matrices; None where it has to be a stack."""
+    own = value.meta
+    if own.ndim <= 1:
+        return value.node if value.layout is SAME else fuser.aligned(value, 2)
+    if value.layout in (SAME, FOLD) or own.dims[:-1] != result.dims[:-1]:
+        return None
+    return fuser.matrix(value)
+
+
+def _joinable(fuser: Fuser, value: Value, result: TensorMeta) -> fx.Node | None:
+    """An operand that broadcasts against all models as one batch; None where it has to be a stack."""
+    own = value.meta
+    if value.layout is SAME:
+        return value.node if own.ndim < result.ndim or own.dims[0] == Dim(1) else None
+    if value.layout is FOLD or own.ndim != result.ndim or own.dims[0] != result.dims[0]:
+        return None
+    return fuser.join(value)
 
 
 # -- images --------------------------------------------------------------------------------------------------
@@ -158,16 +181,16 @@ def convolution(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | N
     """A grouped convolution; where the input is the same for all, one with K times the filters."""
     name = base_name(node)
     x, weight, bias = arguments["input"], arguments["weight"], arguments["bias"]
-    if x.meta.ndim != _rank(name) or weight.layout is not STACK or not fuser.can_fold(x.meta):
+    if x.meta.ndim != _rank(name) or weight.layout is SAME or not fuser.can_fold(x.meta):
         return None
-    if isinstance(bias, Value) and bias.layout is not STACK:
+    if isinstance(bias, Value) and bias.layout is SAME:
         return None
     groups = arguments["groups"]
     whole = x.layout is SAME and groups == 1 and "transpose" not in name
     changed = {
         "input": x.node if whole else fuser.fold(x),
-        "weight": fuser.rows(weight),
-        "bias": None if bias is None else fuser.rows(bias),
+        "weight": fuser.join(weight),
+        "bias": None if bias is None else fuser.join(bias),
         "groups": 1 if whole else groups * fuser.k,
     }
     return fuser.invoke(node, {**arguments, **changed}, FOLD)
@@ -177,9 +200,9 @@ def convolution(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | N
 def norm_of_channels(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
     """Statistics of each model's channels: their own, as channels stand side by side."""
     x, *others = _values(arguments)
-    if not fuser.can_fold(x.meta) or any(value.layout is not STACK for value in others):
+    if not fuser.can_fold(x.meta) or any(value.layout is SAME for value in others):
         return None
-    changed = _with(arguments, lambda value: fuser.fold(value) if value is x else fuser.rows(value))
+    changed = _with(arguments, lambda value: fuser.fold(value) if value is x else fuser.join(value))
     if "num_groups" in changed:
         changed["num_groups"] *= fuser.k
     return fuser.invoke(node, changed, FOLD)
@@ -189,12 +212,12 @@ def norm_of_channels(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Resul
 def prelu(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
     """A slope for each channel of each model; a single one is that of all channels."""
     x, slope = arguments["self"], arguments["weight"]
-    if not fuser.can_fold(x.meta) or slope.layout is not STACK:
+    if not fuser.can_fold(x.meta) or slope.layout is SAME:
         return None
-    rows, channels = fuser.rows(slope), x.meta.dims[1]
+    rows, channels = fuser.join(slope), x.meta.dims[1]
     if slope.meta.shape != (channels.hint,):
         wide = TensorMeta((Dim(fuser.k), channels), slope.meta.dtype, slope.meta.device)
-        spread = fuser.build.call(aten.expand.default, (slope.node, [-1, channels.hint]), wide)
+        spread = fuser.build.call(aten.expand.default, (fuser.stack(slope), [-1, channels.hint]), wide)
         flat = TensorMeta((Dim(fuser.k * channels.hint),), slope.meta.dtype, slope.meta.device)
         rows = fuser.flat(spread, 0, flat)
     return fuser.invoke(node, {"self": fuser.fold(x), "weight": rows}, FOLD)
@@ -204,7 +227,7 @@ def prelu(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
 def weight_norm(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
     """Row by row, so that the rows of all models are those of one weight."""
     v, g = arguments["v"], arguments["g"]
-    if arguments["dim"] != 0 or STACK not in (v.layout, g.layout):
+    if arguments["dim"] != 0 or {v.layout, g.layout} == {SAME}:
         return None
     return fuser.invoke_as_one_batch(node, _with(arguments, fuser.join))
 
@@ -223,65 +246,35 @@ def linear(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
     """One product of K matrices; of an input that is the same for all, one of a K times larger matrix."""
     x, weight, bias = arguments["input"], arguments["weight"], arguments["bias"]
     meta = meta_of(node)
-    if weight.layout is not STACK or weight.meta.ndim != 2 or x.meta.ndim < 2:
+    if weight.layout is SAME or weight.meta.ndim != 2 or x.meta.ndim < 2:
         return None
-    if isinstance(bias, Value) and bias.layout is not STACK:
+    if isinstance(bias, Value) and bias.layout is SAME:
         return None
     if x.layout is SAME:
         return _of_one_input(fuser, node, x, weight, bias)
     build, k = fuser.build, fuser.k
-    given = fuser.stack(x)
-    rows = _product(x.meta.dims[:-1])
-    if x.meta.ndim > 2:
-        flat = TensorMeta((Dim(k), rows, x.meta.dims[-1]), meta.dtype, meta.device)
-        given = build.call(aten.flatten.using_ints, (given, 1, x.meta.ndim - 1), flat)
     turned = TensorMeta((Dim(k), *reversed(weight.meta.dims)), weight.meta.dtype, weight.meta.device)
-    matrix = build.call(aten.transpose.int, (weight.node, 1, 2), turned)
-    product = TensorMeta((Dim(k), rows, meta.dims[-1]), meta.dtype, meta.device)
+    given, matrix = fuser.matrix(x), build.call(aten.transpose.int, (fuser.stack(weight), 1, 2), turned)
+    layout, sizes = (STACK, ()) if meta.ndim == 2 else (MATRIX, fuser.sizes(x))
     if bias is None:
-        made = build.call(aten.bmm.default, (given, matrix), product)
-    else:
-        row = TensorMeta((Dim(k), Dim(1), *bias.meta.dims), bias.meta.dtype, bias.meta.device)
-        lifted = build.call(aten.unsqueeze.default, (bias.node, 1), row)
-        made = build.call(aten.baddbmm.default, (lifted, given, matrix), product)
-    if meta.ndim > 2:
-        sizes = _sizes(fuser, x, range(meta.ndim - 1))
-        made = build.call(aten.unflatten.int, (made, 1, sizes), fuser.stacked(meta))
-    return Value(made, STACK, meta)
+        return fuser.call(aten.bmm.default, (given, matrix), layout, meta, sizes)
+    row = TensorMeta((Dim(k), Dim(1), *bias.meta.dims), bias.meta.dtype, bias.meta.device)
+    lifted = build.call(aten.unsqueeze.default, (fuser.stack(bias), 1), row)
+    return fuser.call(aten.baddbmm.default, (lifted, given, matrix), layout, meta, sizes)
 
 
 def _of_one_input(fuser: Fuser, node: fx.Node, x: Value, weight: Value, bias: Value | None) -> Value:
     meta = meta_of(node)
     *batch, width = meta.dims
     wide = TensorMeta((*batch, Dim(fuser.k * width.hint)), meta.dtype, meta.device)
-    rows = None if bias is None else fuser.rows(bias)
-    made = fuser.build.call(aten.linear.default, (x.node, fuser.rows(weight), rows), wide)
+    rows = None if bias is None else fuser.join(bias)
+    made = fuser.build.call(aten.linear.default, (x.node, fuser.join(weight), rows), wide)
     if meta.ndim == 2:
         return Value(made, FOLD, meta)
     apart = TensorMeta((*batch, Dim(fuser.k), width), meta.dtype, meta.device)
     made = fuser.build.call(aten.unflatten.int, (made, meta.ndim - 1, [fuser.k, width.hint]), apart)
     order = [meta.ndim - 1, *range(meta.ndim - 1), meta.ndim]
     return Value(fuser.build.call(aten.permute.default, (made, order), fuser.stacked(meta)), STACK, meta)
-
-
-def _product(dims: Sequence[Dim]) -> Dim:
-    """Several dimensions as one."""
-    fixed = all(dim.symbol is None for dim in dims)
-    return Dim(math.prod(dim.hint for dim in dims), None if fixed else "*".join(f"({dim})" for dim in dims))
-
-
-def _sizes(fuser: Fuser, x: Value, dims: range) -> list[Any]:
-    """Sizes of a value's dimensions, of which one may be left open."""
-    sizes: list[Any] = []
-    for dim in dims:
-        size = x.meta.dims[dim]
-        if size.symbol is None:
-            sizes.append(size.hint)
-        elif -1 not in sizes:
-            sizes.append(-1)
-        else:
-            sizes.append(fuser.build.call(aten.sym_size.int, (fuser.stack(x), dim + 1), size))
-    return sizes
 
 
 @rule("addmm")
@@ -297,14 +290,21 @@ def addmm(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
 @rule("matmul", "bmm", "mm")
 def matmul(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
     """The stack is one more dimension of the batch."""
-    x, y = _values(arguments)
+    (x, y), meta = _values(arguments), meta_of(node)
     if min(x.meta.ndim, y.meta.ndim) < 2:
         return None
     rank = max(x.meta.ndim, y.meta.ndim)
+    if y.meta.ndim == 2 and rank > 2 and SAME not in (x.layout, y.layout):
+        nodes = [fuser.matrix(x), fuser.stack(y)]
+        return fuser.call(aten.bmm.default, tuple(nodes), MATRIX, meta, fuser.sizes(x))
+    if rank > 2 and JOIN in (x.layout, y.layout):
+        joined = [_joinable(fuser, value, meta) for value in (x, y)]
+        if None not in joined:
+            return fuser.call(aten.matmul.default, tuple(joined), JOIN, meta)
     nodes = [
         value.node if value.layout is SAME and rank > 2 else fuser.aligned(value, rank) for value in (x, y)
     ]
-    return fuser.call(aten.matmul.default, tuple(nodes), STACK, meta_of(node))
+    return fuser.call(aten.matmul.default, tuple(nodes), STACK, meta)
 
 
 @rule("baddbmm")
@@ -354,18 +354,14 @@ def attention(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | Non
 def embedding(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
     """One table of K times as many rows, in which each model's indices start behind those before."""
     table, indices, padding = arguments["weight"], arguments["indices"], arguments["padding_idx"]
-    if table.layout is not STACK or arguments["scale_grad_by_freq"] or arguments["sparse"]:
+    if table.layout is SAME or arguments["scale_grad_by_freq"] or arguments["sparse"]:
         return None
-    build, k, size = fuser.build, fuser.k, table.meta.shape[0]
-    shape = TensorMeta((Dim(k), *[Dim(1)] * indices.meta.ndim), indices.meta.dtype, indices.meta.device)
-    steps = TensorMeta((Dim(k),), indices.meta.dtype, indices.meta.device)
-    options = {"dtype": indices.meta.dtype, "device": indices.meta.device}
-    offsets = build.call(aten.arange.start_step, (0, k * size, size), steps, options)
-    if indices.meta.ndim:
-        offsets = build.call(aten.unflatten.int, (offsets, 0, [k] + [1] * indices.meta.ndim), shape)
+    build, k = fuser.build, fuser.k
+    steps = np.arange(k).reshape(k, *[1] * indices.meta.ndim) * table.meta.shape[0]
+    offsets = build.index(steps, indices.meta.device)
     given = indices.node if indices.layout is SAME else fuser.stack(indices)
     moved = build.call(aten.add.Tensor, (given, offsets), fuser.stacked(indices.meta))
-    found = fuser.call(aten.embedding.default, (fuser.rows(table), moved), STACK, meta_of(node))
+    found = fuser.call(aten.embedding.default, (fuser.join(table), moved), STACK, meta_of(node))
     return found if padding == -1 else _without_gradient(fuser, found, given, indices, padding)
 
 
@@ -383,19 +379,22 @@ def _without_gradient(fuser: Fuser, found: Value, given: fx.Node, indices: Value
 @rule("layer_norm", "rms_norm")
 def norm_of_rows(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
     """Without weights, which follow by themselves."""
-    first = "input"
-    x, meta = arguments[first], meta_of(node)
+    x, meta = arguments["input"], meta_of(node)
     weight, bias = arguments["weight"], arguments.get("bias")
-    bare = {**arguments, first: x.node if x.layout is SAME else fuser.stack(x), "weight": None}
-    if "bias" in bare:
-        bare["bias"] = None
-    found = fuser.invoke(node, bare, SAME if x.layout is SAME else STACK)
+    of_last = x.meta.ndim > 2 and len(arguments["normalized_shape"]) == 1
+    layout = x.layout if x.layout is SAME or (x.layout is MATRIX and of_last) else STACK
+    given = x.node if layout is x.layout else fuser.stack(x)
+    bare = {**arguments, "input": given, "weight": None} | ({"bias": None} if "bias" in arguments else {})
+    found = fuser.invoke(node, bare, layout, x.sizes if layout is MATRIX else ())
     assert isinstance(found, Value)
-    for target, operand in ((aten.mul.Tensor, weight), (aten.add.Tensor, bias)):
-        if isinstance(operand, Value):
-            left = found.node if found.layout is SAME else fuser.aligned(found, meta.ndim)
-            found = fuser.call(target, (left, fuser.aligned(operand, meta.ndim)), STACK, meta)
-    return found
+    if not isinstance(weight, Value):
+        return found
+    rank, layout = (2, MATRIX) if layout is MATRIX else (meta.ndim, STACK)
+    factor = fuser.aligned(weight, rank)
+    if not isinstance(bias, Value):
+        return fuser.call(aten.mul.Tensor, (found.node, factor), layout, meta, found.sizes)
+    args = (fuser.aligned(bias, rank), found.node, factor)
+    return fuser.call(aten.addcmul.default, args, layout, meta, found.sizes)
 
 
 # -- dimensions ----------------------------------------------------------------------------------------------
@@ -442,9 +441,10 @@ def along(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
     if base_name(node) in _REDUCES_ALL and all(dim is None or dim == [] for dim in dims.values()):
         return _to_one_number(fuser, node, arguments, moving)
     places = {name: _normal(dim, rank) for name, dim in dims.items() if dim is not None}
-    folded = _along_folded(fuser, node, arguments, moving, places)
-    if folded is not None:
-        return folded
+    for layout in (_along_folded, _along_joined, _along_matrices):
+        found = layout(fuser, node, arguments, moving, places)
+        if found is not None:
+            return found
     shifted = {name: _shift(place) for name, place in places.items()}
 
     def stacked(value: Value) -> fx.Node:
@@ -466,16 +466,60 @@ def _to_one_number(fuser: Fuser, node: fx.Node, arguments: Arguments, values: li
     return Value(made, STACK, meta)
 
 
+def _results(node: fx.Node) -> list[Any]:
+    metas = node.meta.get("value")
+    return list(metas) if isinstance(metas, tuple) else [metas]
+
+
+def _flat(places: dict[str, Any]) -> list[int]:
+    return [place for entry in places.values() for place in (entry if isinstance(entry, list) else [entry])]
+
+
+def _along_joined(
+    fuser: Fuser, node: fx.Node, arguments: Arguments, values: list[Value], places: dict[str, Any]
+) -> Result | None:
+    """Behind the batch of all models."""
+    batch = values[0].meta.dims[0]
+    if any(value.layout is not JOIN or value.meta.dims[0] != batch for value in values):
+        return None
+    results = _results(node)
+    if not all(isinstance(item, TensorMeta) and item.dims[:1] == (batch,) for item in results):
+        return None
+    if not places or min(_flat(places)) < 1:
+        return None
+    return fuser.invoke(node, {**_with(arguments, lambda value: value.node), **places}, JOIN)
+
+
+def _along_matrices(
+    fuser: Fuser, node: fx.Node, arguments: Arguments, values: list[Value], places: dict[str, Any]
+) -> Result | None:
+    """Along the last dimension."""
+    *between, _ = values[0].meta.dims
+    if any(value.layout is not MATRIX or list(value.meta.dims[:-1]) != between for value in values):
+        return None
+    if set(_flat(places)) != {len(between)}:
+        return None
+    if base_name(node) == "unflatten" and -1 not in {*values[0].sizes} & {*arguments["sizes"]}:
+        args = (values[0].node, [fuser.k, *values[0].sizes, *arguments["sizes"]])
+        return fuser.call(aten.reshape.default, args, STACK, meta_of(node))
+    results = _results(node)
+    if not all(isinstance(item, TensorMeta) and list(item.dims[:-1]) == between for item in results):
+        return None
+    last = {name: [2] if isinstance(place, list) else 2 for name, place in places.items()}
+    nodes = _with(arguments, lambda value: value.node)
+    return fuser.invoke(node, {**nodes, **last}, MATRIX, values[0].sizes)
+
+
 def _along_folded(
     fuser: Fuser, node: fx.Node, arguments: Arguments, values: list[Value], places: dict[str, Any]
 ) -> Result | None:
     if base_name(node) not in _FOLDED or any(value.layout is not FOLD for value in values):
         return None
-    metas = node.meta.get("value")
-    results = [item for item in (metas if isinstance(metas, tuple) else (metas,))]
-    if not all(isinstance(item, TensorMeta) and fuser.can_fold(item) for item in results):
+    if not all(isinstance(item, TensorMeta) and fuser.can_fold(item) for item in _results(node)):
         return None
-    flat = [place for entry in places.values() for place in (entry if isinstance(entry, list) else [entry])]
+    flat = _flat(places)
+    if base_name(node) == "flatten" and _is_for_products(node) and flat == [1, values[0].meta.ndim - 1]:
+        return _rows_of_models(fuser, values[0], meta_of(node))
     first = 1 if base_name(node) == "flatten" else 2
     if flat and min(flat) >= first:
         return fuser.invoke(node, {**_with(arguments, lambda value: value.node), **places}, FOLD)
@@ -518,8 +562,11 @@ def _shift(dim: Any) -> Any:
 def permute(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
     """The models stay in front."""
     x = arguments["self"]
+    if x.layout is JOIN and arguments["dims"][0] == 0:
+        return fuser.call(aten.permute.default, (x.node, arguments["dims"]), JOIN, meta_of(node))
     order = [0, *(dim % x.meta.ndim + 1 for dim in arguments["dims"])]
-    return fuser.call(aten.permute.default, (fuser.stack(x), order), STACK, meta_of(node))
+    meta = meta_of(node)
+    return Value(fuser.permuted(fuser.stack(x), order, fuser.stacked(meta)), STACK, meta)
 
 
 @rule("t", "numpy_T", "mT")
@@ -539,6 +586,9 @@ def new_dimension(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result |
     if dim >= 2 and all(value.layout is FOLD for value in values):
         nodes = _with(arguments, lambda value: value.node)
         return fuser.invoke(node, {**nodes, "dim": dim}, FOLD)
+    batch = values[0].meta.dims[:1]
+    if dim and all(value.layout is JOIN and value.meta.dims[:1] == batch for value in values):
+        return fuser.invoke(node, {**_with(arguments, lambda value: value.node), "dim": dim}, JOIN)
     return fuser.invoke(node, {**_with(arguments, fuser.stack), "dim": dim + 1}, STACK)
 
 
@@ -550,8 +600,48 @@ def reshape(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
         return of_the_last(fuser, node, arguments)
     sizes = list(arguments["size"] if "size" in arguments else arguments["shape"])
     if x.layout is FOLD and meta.ndim == 2 and meta.dims[0] == x.meta.dims[0] and fuser.can_fold(meta):
+        if _is_for_products(node):
+            return _rows_of_models(fuser, x, meta)
         return fuser.call(aten.flatten.using_ints, (x.node, 1, -1), FOLD, meta)
-    return fuser.call(aten.reshape.default, (fuser.stack(x), [fuser.k, *sizes]), STACK, meta)
+    sizes = [size if dim.symbol is not None else dim.hint for size, dim in zip(sizes, meta.dims, strict=True)]
+    given = x.node if x.layout in (JOIN, MATRIX) else fuser.stack(x)
+    last = meta.dims[-1] if meta.ndim > 2 else None
+    if last is not None and last.symbol is None and _is_for_products(node):
+        args = (given, [fuser.k, -1, last.hint])
+        return fuser.call(aten.reshape.default, args, MATRIX, meta, tuple(sizes[:-1]))
+    keeps_batch = x.layout in (JOIN, MATRIX) and last is not None and meta.dims[0] == x.meta.dims[0]
+    if meta.ndim and (keeps_batch or _is_for_attention(node)):
+        first, *rest = sizes
+        if isinstance(first, int) and first > 0:
+            first *= fuser.k
+        elif -1 not in rest:
+            first = -1
+        if isinstance(first, int):
+            return fuser.call(aten.reshape.default, (given, [first, *rest]), JOIN, meta)
+    return fuser.call(aten.reshape.default, (given, [fuser.k, *sizes]), STACK, meta)
+
+
+def _is_for_attention(node: fx.Node) -> bool:
+    """Does nothing but attention read the value?"""
+    return {base_name(user) if user.op == "call_function" else "" for user in node.users} == {
+        "scaled_dot_product_attention"
+    }
+
+
+def _is_for_products(node: fx.Node) -> bool:
+    """Do products read the value, or what dropout leaves of it?"""
+    names = {base_name(user) if user.op == "call_function" else "" for user in node.users}
+    if names == {"dropout"}:
+        return all(map(_is_for_products, node.users))
+    return "linear" in names
+
+
+def _rows_of_models(fuser: Fuser, x: Value, meta: TensorMeta) -> Value:
+    """Folded images ``[N, K * C, H, W]`` as rows of each model, ``[K, N, C * H * W]``."""
+    batch, width = meta.dims
+    apart = TensorMeta((batch, Dim(fuser.k), width), meta.dtype, meta.device)
+    rows = fuser.build.call(aten.reshape.default, (x.node, [-1, fuser.k, width.hint]), apart)
+    return Value(fuser.exchange(rows, fuser.stacked(meta)), STACK, meta)
 
 
 @rule("expand", "broadcast_to")
@@ -559,6 +649,8 @@ def expand(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
     """The same sizes behind K."""
     x, meta = arguments["self"], meta_of(node)
     sizes = arguments["size"]
+    if x.layout is JOIN and x.meta.ndim == meta.ndim and x.meta.dims[0] == meta.dims[0]:
+        return fuser.call(aten.expand.default, (x.node, [-1, *sizes[1:]]), JOIN, meta)
     return fuser.call(aten.expand.default, (fuser.aligned(x, meta.ndim), [fuser.k, *sizes]), STACK, meta)
 
 
@@ -581,6 +673,9 @@ def repeat(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
 @rule("tril", "triu", "view_as_complex", "view_as_real")
 def of_the_last(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
     """Ops on the last dimensions, for which all others are a batch."""
+    (x,) = _values(arguments)
+    if x.layout is JOIN and x.meta.ndim > 2 and "dtype" not in arguments:
+        return fuser.invoke(node, _with(arguments, fuser.join), JOIN)
     return fuser.invoke(node, _with(arguments, fuser.stack), STACK)
 
 
@@ -589,10 +684,11 @@ def size(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
     """Of the dimension of one model."""
     x, dim = arguments["self"], arguments["dim"]
     dim %= x.meta.ndim
-    place = dim + 1 if x.layout is STACK else dim
     if x.layout is FOLD and dim == 1:
         return None
-    return fuser.build.call(aten.sym_size.int, (x.node, place), node.meta["value"])
+    as_it_is = x.layout in (SAME, FOLD) or (x.layout is JOIN and dim > 0)
+    args = (x.node, dim) if as_it_is else (fuser.stack(x), dim + 1)
+    return fuser.build.call(aten.sym_size.int, args, node.meta["value"])
 
 
 @rule("new_zeros", "new_ones", "new_full", "new_empty")
