@@ -44,6 +44,7 @@ sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks")]
 import paper_cifar10  # noqa: E402
 import paper_mnist  # noqa: E402
 import small_gpt  # noqa: E402
+from by_hand import GPTs, cifar10s, lenets, resnet18  # noqa: E402
 from memory import peak_bytes  # noqa: E402
 
 mpl.use("svg")
@@ -78,74 +79,14 @@ HEADS = {
 Step = Callable[[], None]
 
 
-class Block(nn.Module):
-    """Two convolutions and a skip, for ``k`` models side by side."""
-
-    def __init__(self, given: int, width: int, stride: int, k: int = 1) -> None:
-        super().__init__()
-        conv = partial(nn.Conv2d, groups=k, bias=False)
-        self.first = conv(k * given, k * width, 3, stride, 1)
-        self.second = conv(k * width, k * width, 3, 1, 1)
-        self.norm1, self.norm2 = nn.BatchNorm2d(k * width), nn.BatchNorm2d(k * width)
-        same = stride == 1 and given == width
-        self.skip = nn.Identity() if same else conv(k * given, k * width, 1, stride)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images ``[N, given, H, W]``."""
-        y = torch.relu(self.norm1(self.first(x)))
-        return torch.relu(self.norm2(self.second(y)) + self.skip(x))
-
-
-class Heads(nn.Module):
-    """Linear layers of ``k`` models, ``[N, k * given]`` to ``[k, N, width]``."""
-
-    def __init__(self, k: int, given: int, width: int) -> None:
-        super().__init__()
-        self.k = k
-        self.weight = nn.Parameter(torch.randn(k, given, width) * given**-0.5)
-        self.bias = nn.Parameter(torch.zeros(k, 1, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Of folded features, or of a stack ``[k, N, given]``."""
-        stack = x if x.ndim == 3 else x.unflatten(1, (self.k, -1)).transpose(0, 1)
-        return torch.baddbmm(self.bias, stack, self.weight)
-
-
-def resnet18(scale: float = 1, k: int = 1) -> nn.Module:
-    """ResNet-18 at a quarter of its width, for images of 32 x 32; ``k`` of them by hand."""
-    widths = [round(scale * width) for width in (16, 16, 32, 32, 64, 64, 128, 128)]
-    blocks = [
-        Block(given, width, 1 + (given < width), k)
-        for given, width in zip([widths[0], *widths], widths, strict=False)
-    ]
-    stem = nn.Sequential(
-        nn.Conv2d(3, k * widths[0], 3, padding=1, bias=False), nn.BatchNorm2d(k * widths[0]), nn.ReLU()
-    )
-    head = nn.Linear(widths[-1], 10) if k == 1 else Heads(k, widths[-1], 10)
-    return nn.Sequential(stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
-
-
-def lenets(k: int, part: int = 1) -> nn.Module:
-    """``k`` of the paper's LeNet by hand, each at one ``part``-th of its width."""
-    first, second, hidden = 20 // part, 50 // part, 500 // part
-    if k == 1:
-        return nn.Sequential(
-            nn.Conv2d(1, first, 5), nn.MaxPool2d(2), nn.Conv2d(first, second, 5), nn.MaxPool2d(2),
-            nn.Flatten(), nn.Linear(16 * second, hidden), nn.ReLU(), nn.Linear(hidden, 10),
-        )  # fmt: skip
-    return nn.Sequential(
-        nn.Conv2d(1, k * first, 5), nn.MaxPool2d(2), nn.Conv2d(k * first, k * second, 5, groups=k),
-        nn.MaxPool2d(2), nn.Flatten(), Heads(k, 16 * second, hidden), nn.ReLU(), Heads(k, hidden, 10),
-    )  # fmt: skip
-
-
 @dataclass(frozen=True)
 class Case:
-    """A model with a batch."""
+    """A model with a batch, and several such models by hand."""
 
     name: str
     build: Callable[[], nn.Module]
     batch: Callable[[], tuple[Tensor, Tensor]]
+    hand: Callable[[int], nn.Module]
 
 
 def _images(batch: int, channels: int, size: int) -> Callable[[], tuple[Tensor, Tensor]]:
@@ -158,15 +99,14 @@ def _text(batch: int, length: int) -> Callable[[], tuple[Tensor, Tensor]]:
 
 def cases(device: str) -> tuple[Case, ...]:
     """What is measured; a GPU gets a language model of a size that is of use there."""
-    gpt = Case("GPT of two layers", lambda: small_gpt.GPT(64, 64), _text(16, 64))
+    name, batch, sizes = "GPT of two layers", _text(16, 64), (64, 64, 64, 4, 2)
     if device == "cuda":
-        build = partial(small_gpt.GPT, 64, 256, 384, 6, 6)
-        gpt = Case("GPT of 10 M parameters", build, _text(8, 256))
+        name, batch, sizes = "GPT of 10 M parameters", _text(8, 256), (64, 256, 384, 6, 6)
     return (
-        Case("LeNet", paper_mnist.lenet, _images(32, 1, 28)),
-        Case("CIFAR-10 network of the paper", paper_cifar10.network, _images(16, 3, 24)),
-        Case("ResNet-18, a quarter of its width", resnet18, _images(16, 3, 32)),
-        gpt,
+        Case("LeNet", paper_mnist.lenet, _images(32, 1, 28), lenets),
+        Case("CIFAR-10 network of the paper", paper_cifar10.network, _images(16, 3, 24), cifar10s),
+        Case("ResNet-18, a quarter of its width", resnet18, _images(16, 3, 32), partial(resnet18, 1)),
+        Case(name, lambda: small_gpt.GPT(*sizes), batch, lambda k: GPTs(k, *sizes)),
     )
 
 
@@ -389,7 +329,7 @@ def scaling(options: Options) -> Iterator[list[Any]]:
 
 
 def written(options: Options) -> Iterator[list[Any]]:
-    """Rows of modules that graphsplit emits, against the same by hand."""
+    """Rows of modules that graphsplit emits, against the same by hand, with the same values."""
     x, y = (tensor.to(options.device) for tensor in _images(32, 1, 28)())
     part = gs.partition(paper_mnist.lenet().to(options.device), x, k=2)
     z, c = (tensor.to(options.device) for tensor in _images(16, 3, 32)())
@@ -400,13 +340,22 @@ def written(options: Options) -> Iterator[list[Any]]:
     pairs.append(("LeNet, merged", part.merge(), paper_mnist.lenet(), original, x, y))
     pairs.append(("LeNet, two sub-models fused", part.fuse(), lenets(2, 2), original, x, y))
     whole = gs.trace(resnet, z)
-    count = len(whole.graph().nodes)
-    pairs.append(("ResNet-18", gs.emit(whole), resnet, count, z, c))
-    fused8 = gs.fuse([resnet18().to(options.device) for _ in range(8)], z)
-    pairs.append(("ResNet-18, eight fused", fused8, resnet18(k=8), count, z, c))
+    pairs.append(("ResNet-18", gs.emit(whole), resnet, len(whole.graph().nodes), z, c))
+    k = max(options.k)
+    for case in options.cases():
+        inputs, targets = (tensor.to(options.device) for tensor in case.batch())
+        models = [case.build().to(options.device) for _ in range(k)]
+        count = len(gs.trace(models[0], inputs).graph().nodes)
+        pairs.append(
+            (f"{case.name}, {k} fused", gs.fuse(models, inputs), case.hand(k), count, inputs, targets)
+        )
     for name, module, hand, nodes, inputs, targets in pairs:
         hand = hand.to(options.device)
-        many = module(inputs).ndim > 2
+        with torch.no_grad():
+            for own, theirs in zip(hand.parameters(), module.parameters(), strict=True):
+                own.copy_(theirs.reshape(own.shape))
+        torch.testing.assert_close(module(inputs), hand(inputs), rtol=1e-3, atol=1e-3)
+        many = isinstance(module, gs.FusedModule)
         make = partial(fused, x=inputs, y=targets) if many else _one
         ways = {
             "emitted": make(module, list(module.parameters()), x=inputs, y=targets),

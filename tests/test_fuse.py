@@ -18,6 +18,7 @@ from graphsplit import bundle
 from graphsplit._fuse import certify_fused
 from graphsplit.errors import BundleError, PartitionError, PlanError, UnsupportedError, UserError
 from graphsplit.fusion.cost import FusionCost
+from graphsplit.fusion.placement import Placement
 from graphsplit.passes import Pipeline
 from graphsplit.passes import fuse as fuse_pass
 from graphsplit.passes.base import Programs
@@ -509,6 +510,36 @@ class Products(nn.Module):
         )
 
 
+class OwnIndices(nn.Module):
+    """Experts by scores, and attention without heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.experts = nn.Linear(6, 4), nn.Parameter(torch.randn(4, 6, 6))
+        self.register_buffer("table", torch.randn(4, 6))
+
+    def forward(self, x: Tensor, _: Tensor) -> tuple[Tensor, ...]:
+        scores = self.gate(x)
+        first, second = scores.topk(2, dim=-1).indices.unbind(-1)
+        mixed = torch.einsum("nio,ni->no", self.experts[first], x) + self.table[second]
+        entries = self.experts[first, second] + self.experts[first, torch.arange(len(x))]
+        rows = mixed.unsqueeze(1) + entries.unsqueeze(2)
+        return mixed, entries, nn.functional.scaled_dot_product_attention(rows, rows, rows)
+
+
+class ReadTwice(nn.Module):
+    """One weight on the input, and on what comes of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, _: Tensor) -> Tensor:
+        for _ in range(3):
+            x = torch.tanh(self.cell(x))
+        return x
+
+
 class ByIndex(nn.Module):
     """Sums at indices, writes into slices, everything as one number, slopes, normed weights, noise."""
 
@@ -526,7 +557,7 @@ class ByIndex(nn.Module):
         return y + torch.rand(y.shape[0], 1, 1, 1), copied, written.mean() * y.sum() + self.one(x)
 
 
-@pytest.mark.parametrize("build", [TypeAs, FillWithNumbers, Products, ByIndex])
+@pytest.mark.parametrize("build", [TypeAs, FillWithNumbers, Products, ByIndex, OwnIndices, ReadTwice])
 @pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
 def test_awkward_arguments(build: Callable[[], nn.Module], own: bool) -> None:
     torch.manual_seed(0)
@@ -558,10 +589,17 @@ def test_ops_that_read_memory_find_it_as_in_the_model(own: bool) -> None:
     assert certificate.ok, certificate
 
 
-def test_nothing_of_it_runs_once_for_each_model() -> None:
+@pytest.mark.parametrize("build", [ByIndex, OwnIndices])
+def test_nothing_of_it_runs_once_for_each_model(build: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
-    program = gs.trace(ByIndex(), (torch.randn(3, 6), torch.randn(3, 3, 4, 4)))
+    program = gs.trace(build(), (torch.randn(3, 6), torch.randn(3, 3, 4, 4)))
     assert fuse_programs([program] * K).looped == {}
+
+
+def test_a_weight_that_is_read_twice_stands_as_it_is_read() -> None:
+    program = gs.trace(ReadTwice(), (torch.randn(3, 6), torch.randn(3)))
+    found = fuse_programs([program] * K).placements
+    assert (found["cell.weight"], found["cell.bias"]) == (Placement("turned"), Placement(ones=1))
 
 
 def test_numbers_without_dimension_do_not_widen() -> None:
