@@ -1,4 +1,4 @@
-"""Brings the graph of one model over to K models: every value in one of five layouts, every op by a rule.
+"""Brings the graph of one model over to K models: every value in one of six layouts, every op by a rule.
 
 A value of one model, ``[N, C, ...]``, stands in the fused graph as
 
@@ -7,7 +7,9 @@ A value of one model, ``[N, C, ...]``, stands in the fused graph as
 - ``JOIN``: ``[K * N, C, ...]``, all models as one batch, as attention takes it;
 - ``MATRIX``: ``[K, N * C * ..., W]``, W being the last dimension, as batched products take it;
 - ``FOLD``: ``[N, K * C, ...]``, the channels of model 0 first, so that grouped convolutions, batch norm and
-  pooling need no view at all.
+  pooling need no view at all;
+- ``WEAVE``: ``[N * K, C, ...]``, one batch in which the models of an example follow one another: a fold in
+  another shape, for what looks across channels.
 
 A value keeps its layout through ops that know it, so that changes from one to another and back, which would
 cancel, are not made.
@@ -44,6 +46,7 @@ class Layout(Enum):
     JOIN = "join"
     MATRIX = "matrix"
     FOLD = "fold"
+    WEAVE = "weave"
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,8 +173,8 @@ class Fuser:
         """Of the fused tensor."""
         if layout is Layout.SAME:
             return meta
-        makers = {Layout.STACK: self.stacked, Layout.JOIN: self.joined, Layout.MATRIX: self.flattened}
-        return makers.get(layout, self.folded)(meta)
+        makers = {Layout.STACK: self.stacked, Layout.MATRIX: self.flattened, Layout.FOLD: self.folded}
+        return makers.get(layout, self.joined)(meta)
 
     def stack(self, value: Value) -> fx.Node:
         """The value as ``[K, ...]``."""
@@ -203,13 +206,14 @@ class Fuser:
         return self.build.call(aten.permute.default, (node, list(order)), value)
 
     def apart(self, value: Value) -> fx.Node:
-        """A folded value as ``[N, K, C, ...]``."""
+        """A folded or woven value as ``[N, K, C, ...]``."""
         return self._cached(value, "apart", self._apart)
 
     def _apart(self, value: Value) -> fx.Node:
-        batch, channels, *rest = value.meta.dims
-        meta = TensorMeta((batch, Dim(self.k), channels, *rest), value.meta.dtype, value.meta.device)
-        return self.build.call(aten.unflatten.int, (value.node, 1, [self.k, channels.hint]), meta)
+        batch, *rest = value.meta.dims
+        meta = TensorMeta((batch, Dim(self.k), *rest), value.meta.dtype, value.meta.device)
+        args = (1, [self.k, rest[0].hint]) if value.layout is Layout.FOLD else (0, [-1, self.k])
+        return self.build.call(aten.unflatten.int, (value.node, *args), meta)
 
     def fold(self, value: Value) -> fx.Node:
         """The value as ``[N, K * C, ...]``."""
@@ -222,13 +226,31 @@ class Fuser:
         if value.layout is Layout.SAME:
             times = [1, self.k] + [1] * (value.meta.ndim - 2)
             return self.build.call(aten.repeat.default, (value.node, times), wanted)
+        if value.layout is Layout.WEAVE:
+            return self._regrouped(value, 1, wanted)
         batch, channels, *rest = value.meta.dims
         middle = TensorMeta((batch, Dim(self.k), channels, *rest), wanted.dtype, wanted.device)
         return self.flat(self.exchange(self.stack(value), middle), 1, wanted)
 
-    def join(self, value: Value) -> fx.Node:
-        """The value as ``[K * N, ...]``: all models as one batch; of a parameter, the rows of all."""
-        return value.node if value.layout is Layout.JOIN else self._cached(value, "join", self._join)
+    def _regrouped(self, value: Value, dim: int, wanted: TensorMeta) -> fx.Node:
+        """A fold as a weave, or the other way about: the same in memory."""
+        if all(size.symbol is None for size in wanted.dims[1:]):
+            return self.build.call(aten.reshape.default, (value.node, [-1, *wanted.shape[1:]]), wanted)
+        return self.flat(self.apart(value), dim, wanted)
+
+    def join(self, value: Value, layout: Layout = Layout.JOIN) -> fx.Node:
+        """The value as ``[K * N, ...]``, or woven: all models as one batch; of a weight, the rows of all."""
+        if value.layout is layout:
+            return value.node
+        return self._cached(value, layout.value, self._join if layout is Layout.JOIN else self._weave)
+
+    def _weave(self, value: Value) -> fx.Node:
+        wanted = self.joined(value.meta)
+        if value.layout is Layout.FOLD:
+            return self._regrouped(value, 0, wanted)
+        batch, *rest = value.meta.dims
+        middle = TensorMeta((batch, Dim(self.k), *rest), wanted.dtype, wanted.device)
+        return self.flat(self.exchange(self.stack(value), middle), 0, wanted)
 
     def _join(self, value: Value) -> fx.Node:
         return self.flat(self.stack(value), 0, self.joined(value.meta))
@@ -438,13 +460,6 @@ class Fuser:
         values = tuple(self.meta_in(layout, item) if isinstance(item, TensorMeta) else item for item in given)
         made = self._invoked(node, arguments, values if isinstance(meta, tuple) else values[0])
         return self.wrap(made, layout, meta, sizes)
-
-    def invoke_as_one_batch(self, node: fx.Node, arguments: Mapping[str, Any]) -> Value | None:
-        """The same on values that were joined; None where the op gives more than one tensor."""
-        meta = node.meta.get("value")
-        if not isinstance(meta, TensorMeta):
-            return None
-        return Value(self._invoked(node, arguments, self.joined(meta)), Layout.JOIN, meta)
 
     def _invoked(self, node: fx.Node, arguments: Mapping[str, Any], value: Any) -> fx.Node:
         args, kwargs = [], {}

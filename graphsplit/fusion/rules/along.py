@@ -14,8 +14,10 @@ from graphsplit.fusion.rules.operands import (
     MATRIX,
     SAME,
     STACK,
+    WEAVE,
     Arguments,
     is_for_products,
+    one_batch,
     results_of,
     rows_of_models,
     values_of,
@@ -100,15 +102,17 @@ def _along_joined(
     fuser: Fuser, node: fx.Node, arguments: Arguments, values: list[Value], places: dict[str, Any]
 ) -> Result | None:
     """Behind the batch of all models."""
-    batch = values[0].meta.dims[0]
-    if any(value.layout is not JOIN or value.meta.dims[0] != batch for value in values):
+    batch, layout = values[0].meta.dims[0], one_batch(values)
+    fitting = (JOIN,) if layout is JOIN else (WEAVE, FOLD) if _flat(places) == [1] else (WEAVE,)
+    if any(value.layout not in fitting or value.meta.dims[0] != batch for value in values):
         return None
     results = results_of(node)
     if not all(isinstance(item, TensorMeta) and item.dims[:1] == (batch,) for item in results):
         return None
     if not places or min(_flat(places)) < 1:
         return None
-    return fuser.invoke(node, {**with_nodes(arguments, lambda value: value.node), **places}, JOIN)
+    nodes = with_nodes(arguments, lambda value: fuser.join(value, layout))
+    return fuser.invoke(node, {**nodes, **places}, layout)
 
 
 def _along_matrices(

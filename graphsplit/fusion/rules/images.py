@@ -8,8 +8,10 @@ from graphsplit.builder import aten
 from graphsplit.fusion.fuser import Fuser, Result, Value, rule
 from graphsplit.fusion.rules.operands import (
     FOLD,
+    JOIN,
     SAME,
     Arguments,
+    one_batch,
     values_of,
     with_nodes,
 )
@@ -40,7 +42,8 @@ def by_channel(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | No
         return None
     if x.layout is FOLD:
         return fuser.invoke(node, {**arguments, first: x.node}, FOLD)
-    return fuser.invoke_as_one_batch(node, {**arguments, first: fuser.join(x)})
+    layout = one_batch([x])
+    return fuser.invoke(node, {**arguments, first: fuser.join(x, layout)}, layout)
 
 
 @rule(
@@ -55,7 +58,8 @@ def pad(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
     if x.layout is FOLD and behind <= x.meta.ndim - 2:
         return fuser.invoke(node, {**arguments, first: x.node}, FOLD)
     if behind <= x.meta.ndim - 1:
-        return fuser.invoke_as_one_batch(node, {**arguments, first: fuser.join(x)})
+        layout = one_batch([x])
+        return fuser.invoke(node, {**arguments, first: fuser.join(x, layout)}, layout)
     return None
 
 
@@ -112,4 +116,4 @@ def weight_norm(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | N
     v, g = arguments["v"], arguments["g"]
     if arguments["dim"] != 0 or {v.layout, g.layout} == {SAME}:
         return None
-    return fuser.invoke_as_one_batch(node, with_nodes(arguments, fuser.join))
+    return fuser.invoke(node, with_nodes(arguments, fuser.join), JOIN)

@@ -12,7 +12,8 @@ from graphsplit.graphs import base_name
 from graphsplit.program import Dim, TensorMeta
 
 Arguments = dict[str, Any]
-SAME, STACK, JOIN, MATRIX, FOLD = Layout.SAME, Layout.STACK, Layout.JOIN, Layout.MATRIX, Layout.FOLD
+SAME, STACK, FOLD = Layout.SAME, Layout.STACK, Layout.FOLD
+JOIN, WEAVE, MATRIX = Layout.JOIN, Layout.WEAVE, Layout.MATRIX
 
 
 def values_of(arguments: Arguments) -> list[Value]:
@@ -37,14 +38,19 @@ def with_nodes(arguments: Arguments, change: Any) -> Arguments:
     return {name: changed(argument) for name, argument in arguments.items()}
 
 
-def joinable(fuser: Fuser, value: Value, result: TensorMeta) -> fx.Node | None:
+def joinable(fuser: Fuser, value: Value, result: TensorMeta, layout: Layout) -> fx.Node | None:
     """An operand that broadcasts against all models as one batch; None where it has to be a stack."""
     own = value.meta
     if value.layout is SAME:
         return value.node if own.ndim < result.ndim or own.dims[0] == Dim(1) else None
-    if value.layout is FOLD or own.ndim != result.ndim or own.dims[0] != result.dims[0]:
+    if (value.layout, layout) == (FOLD, JOIN) or own.ndim != result.ndim or own.dims[0] != result.dims[0]:
         return None
-    return fuser.join(value)
+    return fuser.join(value, layout)
+
+
+def one_batch(values: list[Value]) -> Layout:
+    """In which order all models are one batch: woven where the operands are, or are the same in memory."""
+    return WEAVE if all(value.layout in (WEAVE, FOLD) for value in values) else JOIN
 
 
 def results_of(node: fx.Node) -> list[Any]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from torch import fx
 
 from graphsplit.analysis.rules.pointwise import NARY, UNARY
-from graphsplit.fusion.fuser import Fuser, Result, Value, rule
+from graphsplit.fusion.fuser import Fuser, Layout, Result, Value, rule
 from graphsplit.fusion.rules.operands import (
     FOLD,
     JOIN,
     MATRIX,
     SAME,
     STACK,
+    WEAVE,
     Arguments,
     joinable,
     values_of,
@@ -42,10 +43,11 @@ def pointwise(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | Non
         nodes = {value: _foldable(fuser, value, meta) for value in values}
         if all(found is not None for found in nodes.values()):
             return fuser.invoke(node, with_nodes(arguments, nodes.__getitem__), FOLD)
-    for layout, operand in ((MATRIX, _as_matrix), (JOIN, joinable)):
-        led = next((value for value in values if value.layout is layout), None)
+    for layout in (MATRIX, JOIN, WEAVE):
+        alike = (WEAVE, FOLD) if layout is WEAVE else (layout,)
+        led = next((value for value in values if value.layout in alike), None)
         if led is not None:
-            nodes = {value: operand(fuser, value, meta) for value in values}
+            nodes = {value: _in_layout(fuser, value, meta, layout) for value in values}
             if all(found is not None for found in nodes.values()):
                 return fuser.invoke(node, with_nodes(arguments, nodes.__getitem__), layout, led.sizes)
 
@@ -88,9 +90,11 @@ def _foldable(fuser: Fuser, value: Value, result: TensorMeta) -> fx.Node | None:
     return fuser.join(value) if value.layout is STACK else None
 
 
-def _as_matrix(fuser: Fuser, value: Value, result: TensorMeta) -> fx.Node | None:
-    """An operand that broadcasts against matrices; None where it has to be a stack."""
+def _in_layout(fuser: Fuser, value: Value, result: TensorMeta, layout: Layout) -> fx.Node | None:
+    """An operand that broadcasts against others in a layout; None where it has to be a stack."""
     own = value.meta
+    if layout is not MATRIX:
+        return joinable(fuser, value, result, layout)
     if own.ndim <= 1:
         return value.node if value.layout is SAME else fuser.aligned(value, 2)
     if value.layout in (SAME, FOLD) or own.dims[:-1] != result.dims[:-1]:

@@ -16,8 +16,10 @@ from graphsplit.fusion.rules.operands import (
     MATRIX,
     SAME,
     STACK,
+    WEAVE,
     Arguments,
     joinable,
+    one_batch,
     values_of,
     with_nodes,
 )
@@ -81,10 +83,11 @@ def matmul(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
     if y.meta.ndim == 2 and rank > 2 and SAME not in (x.layout, y.layout):
         nodes = [fuser.matrix(x), fuser.stack(y)]
         return fuser.call(aten.bmm.default, tuple(nodes), MATRIX, meta, fuser.sizes(x))
-    if rank > 2 and JOIN in (x.layout, y.layout):
-        joined = [joinable(fuser, value, meta) for value in (x, y)]
-        if None not in joined:
-            return fuser.call(aten.matmul.default, tuple(joined), JOIN, meta)
+    for layout in (JOIN, WEAVE):
+        if rank > 2 and layout in (x.layout, y.layout):
+            joined = [joinable(fuser, value, meta, layout) for value in (x, y)]
+            if None not in joined:
+                return fuser.call(aten.matmul.default, tuple(joined), layout, meta)
     nodes = [
         value.node if value.layout is SAME and rank > 2 else fuser.aligned(value, rank) for value in (x, y)
     ]
@@ -97,7 +100,7 @@ def baddbmm(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
     values = values_of(arguments)
     if any(value.meta.ndim != 3 or value.meta.dims[0] != values[0].meta.dims[0] for value in values):
         return None
-    return fuser.invoke_as_one_batch(node, with_nodes(arguments, fuser.join))
+    return fuser.invoke(node, with_nodes(arguments, fuser.join), JOIN)
 
 
 @rule("einsum")
@@ -122,6 +125,7 @@ def attention(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | Non
     """All models as one batch."""
     operands = [arguments[name] for name in ("query", "key", "value")]
     mask = arguments["attn_mask"]
+    layout = one_batch(operands)
     rank, batch = operands[0].meta.ndim, operands[0].meta.dims[0]
     if rank < 3 or any(value.meta.ndim != rank or value.meta.dims[0] != batch for value in operands):
         return None
@@ -129,9 +133,9 @@ def attention(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | Non
         alike = mask.layout is SAME and (mask.meta.ndim < rank or mask.meta.dims[0] == Dim(1))
         if not alike and (mask.meta.ndim != rank or mask.meta.dims[0] != batch):
             return None
-        mask = mask.node if alike else fuser.join(mask)
-    nodes = dict(zip(("query", "key", "value"), map(fuser.join, operands), strict=True))
-    return fuser.invoke_as_one_batch(node, {**arguments, **nodes, "attn_mask": mask})
+        mask = mask.node if alike else fuser.join(mask, layout)
+    nodes = {name: fuser.join(arguments[name], layout) for name in ("query", "key", "value")}
+    return fuser.invoke(node, {**arguments, **nodes, "attn_mask": mask}, layout)
 
 
 @rule("embedding")

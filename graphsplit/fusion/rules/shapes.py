@@ -14,8 +14,10 @@ from graphsplit.fusion.rules.operands import (
     MATRIX,
     SAME,
     STACK,
+    WEAVE,
     Arguments,
     is_for_products,
+    one_batch,
     rows_of_models,
     values_of,
     with_nodes,
@@ -28,8 +30,8 @@ from graphsplit.program import meta_of
 def permute(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
     """The models stay in front."""
     x = arguments["self"]
-    if x.layout is JOIN and arguments["dims"][0] == 0:
-        return fuser.call(aten.permute.default, (x.node, arguments["dims"]), JOIN, meta_of(node))
+    if x.layout in (JOIN, WEAVE) and arguments["dims"][0] == 0:
+        return fuser.call(aten.permute.default, (x.node, arguments["dims"]), x.layout, meta_of(node))
     order = [0, *(dim % x.meta.ndim + 1 for dim in arguments["dims"])]
     meta = meta_of(node)
     return Value(fuser.permuted(fuser.stack(x), order, fuser.stacked(meta)), STACK, meta)
@@ -53,8 +55,11 @@ def new_dimension(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result |
         nodes = with_nodes(arguments, lambda value: value.node)
         return fuser.invoke(node, {**nodes, "dim": dim}, FOLD)
     batch = values[0].meta.dims[:1]
-    if dim and all(value.layout is JOIN and value.meta.dims[:1] == batch for value in values):
-        return fuser.invoke(node, {**with_nodes(arguments, lambda value: value.node), "dim": dim}, JOIN)
+    layout = one_batch(values)
+    fitting = (JOIN,) if layout is JOIN else (WEAVE, FOLD)
+    if dim and all(value.layout in fitting and value.meta.dims[:1] == batch for value in values):
+        nodes = with_nodes(arguments, lambda value: fuser.join(value, layout))
+        return fuser.invoke(node, {**nodes, "dim": dim}, layout)
     return fuser.invoke(node, {**with_nodes(arguments, fuser.stack), "dim": dim + 1}, STACK)
 
 
@@ -75,7 +80,7 @@ def reshape(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
     if last is not None and last.symbol is None and is_for_products(node):
         args = (given, [fuser.k, -1, last.hint])
         return fuser.call(aten.reshape.default, args, MATRIX, meta, tuple(sizes[:-1]))
-    keeps_batch = x.layout in (JOIN, MATRIX) and last is not None and meta.dims[0] == x.meta.dims[0]
+    keeps_batch = x.layout is not STACK and last is not None and meta.dims[0] == x.meta.dims[0]
     if meta.ndim and (keeps_batch or _is_for_attention(node)):
         first, *rest = sizes
         if isinstance(first, int) and first > 0:
@@ -83,7 +88,9 @@ def reshape(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
         elif -1 not in rest:
             first = -1
         if isinstance(first, int):
-            return fuser.call(aten.reshape.default, (given, [first, *rest]), JOIN, meta)
+            layout = one_batch([x]) if keeps_batch else JOIN
+            source = given if layout is JOIN else x.node  # a fold is the same in memory
+            return fuser.call(aten.reshape.default, (source, [first, *rest]), layout, meta)
     return fuser.call(aten.reshape.default, (given, [fuser.k, *sizes]), STACK, meta)
 
 
@@ -99,8 +106,8 @@ def expand(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
     """The same sizes behind K."""
     x, meta = arguments["self"], meta_of(node)
     sizes = arguments["size"]
-    if x.layout is JOIN and x.meta.ndim == meta.ndim and x.meta.dims[0] == meta.dims[0]:
-        return fuser.call(aten.expand.default, (x.node, [-1, *sizes[1:]]), JOIN, meta)
+    if x.layout in (JOIN, WEAVE) and x.meta.ndim == meta.ndim and x.meta.dims[0] == meta.dims[0]:
+        return fuser.call(aten.expand.default, (x.node, [-1, *sizes[1:]]), x.layout, meta)
     return fuser.call(aten.expand.default, (fuser.aligned(x, meta.ndim), [fuser.k, *sizes]), STACK, meta)
 
 
@@ -124,8 +131,8 @@ def repeat(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
 def of_the_last(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
     """Ops on the last dimensions, for which all others are a batch."""
     (x,) = values_of(arguments)
-    if x.layout is JOIN and x.meta.ndim > 2 and "dtype" not in arguments:
-        return fuser.invoke(node, with_nodes(arguments, fuser.join), JOIN)
+    if x.layout in (JOIN, WEAVE) and x.meta.ndim > 2 and "dtype" not in arguments:
+        return fuser.invoke(node, with_nodes(arguments, lambda value: value.node), x.layout)
     return fuser.invoke(node, with_nodes(arguments, fuser.stack), STACK)
 
 
@@ -136,7 +143,7 @@ def size(fuser: Fuser, node: fx.Node, arguments: Arguments) -> Result | None:
     dim %= x.meta.ndim
     if x.layout is FOLD and dim == 1:
         return None
-    as_it_is = x.layout in (SAME, FOLD) or (x.layout is JOIN and dim > 0)
+    as_it_is = x.layout in (SAME, FOLD) or (x.layout in (JOIN, WEAVE) and dim > 0)
     args = (x.node, dim) if as_it_is else (fuser.stack(x), dim + 1)
     return fuser.build.call(aten.sym_size.int, args, node.meta["value"])
 
