@@ -304,7 +304,11 @@ def test_data_that_gives_nothing() -> None:
         schedule(divide()).fit([(problem()[0], None)])
 
 
-def test_plateau_scheduler_is_refused() -> None:
+def test_what_makes_no_optimizer_or_schedule_is_refused() -> None:
+    with pytest.raises(UserError, match="scheduler cannot be made by StepLR: missing a required argument"):
+        schedule(divide(), scheduler=torch.optim.lr_scheduler.StepLR).fit(batches())
+    with pytest.raises(UserError, match="optimizer is the class SGD"):
+        schedule(divide(), optimizer=torch.optim.SGD).fit(batches())
     with pytest.raises(UserError, match="ReduceLROnPlateau"):
         schedule(divide(), scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau).fit(batches())
 

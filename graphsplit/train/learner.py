@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import numbers
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -19,6 +20,8 @@ from graphsplit.train.checks import LEARNING, check
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+Given = TypeVar("Given")
+Made = TypeVar("Made")
 OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
 SchedulerFactory = Callable[[torch.optim.Optimizer], LRScheduler]
 
@@ -76,8 +79,12 @@ class Learner:
     def __init__(self, module: nn.Module, make: OptimizerFactory, recipe: Learning) -> None:
         self.module = module
         self.trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self.optimizer = _checked(make(module), self.trained) if self.trained else None
-        self.scheduler = recipe.scheduler(self.optimizer) if recipe.scheduler and self.optimizer else None
+        self.optimizer = _checked(_made("optimizer", make, module), self.trained) if self.trained else None
+        self.scheduler = (
+            _made("scheduler", recipe.scheduler, self.optimizer)
+            if recipe.scheduler and self.optimizer
+            else None
+        )
         check_scheduler(self.scheduler)
         self.facts = learning_facts(self.optimizer, self.scheduler)
         device = self.trained[0].device.type if self.trained else "cpu"
@@ -124,7 +131,7 @@ def _checked(optimizer: Any, trained: list[nn.Parameter]) -> torch.optim.Optimiz
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise UserError(
             f"optimizer makes a {type(optimizer).__name__}, expected an optimizer of torch",
-            hint="give a function of a module: lambda m: torch.optim.SGD(m.parameters(), lr=0.1)",
+            hint=_EXAMPLES["optimizer"],
         )
     if isinstance(optimizer, torch.optim.LBFGS):
         raise UserError("LBFGS computes the loss again in every step", hint="give one that takes gradients")
@@ -135,6 +142,31 @@ def _checked(optimizer: Any, trained: list[nn.Parameter]) -> torch.optim.Optimiz
             hint="use the module that the function is given, as models are copied",
         )
     return optimizer
+
+
+_EXAMPLES = {
+    "optimizer": "give a function of a module: lambda m: torch.optim.SGD(m.parameters(), lr=0.1)",
+    "scheduler": "give a function of an optimizer: lambda o: torch.optim.lr_scheduler.StepLR(o, 10)",
+}
+
+
+def _made(what: str, make: Callable[[Given], Made], given: Given) -> Made:
+    """What a function of the user's makes.
+
+    Raises:
+        UserError: It takes other arguments than the one it is called with.
+    """
+    try:
+        inspect.signature(make).bind(given)
+    except TypeError as error:
+        name = getattr(make, "__name__", type(make).__name__)
+        raise UserError(f"{what} cannot be made by {name}: {error}", hint=_EXAMPLES[what]) from error
+    except ValueError:  # one without a signature
+        pass
+    kind: Any = make
+    if inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer):
+        raise UserError(f"optimizer is the class {kind.__name__}", hint=_EXAMPLES[what])
+    return make(given)
 
 
 def check_scheduler(scheduler: Any) -> None:
