@@ -34,6 +34,7 @@ from typing import Any
 import matplotlib as mpl
 import torch
 from torch import Tensor, nn
+from torch._inductor import config as inductor
 from torch.nn import functional
 
 import graphsplit as gs
@@ -258,6 +259,7 @@ def steps(options: Options) -> Iterator[list[Any]]:
             taken = "-"
             if options.compile and k == max(options.k):
                 torch.compiler.reset()
+                inductor.force_disable_caches = True  # seconds to compile are those of the first time
                 own = copy.deepcopy(module)
                 compiled: Any = torch.compile(own)
                 ways["compiled"] = fused(compiled, list(own.parameters()), x, y)

@@ -1,6 +1,6 @@
 """Every model of the test zoo fused: models of random weights as one module, against the same apart.
 
-    python benchmarks/fuse_zoo.py [--only NAME ...] [-k 2 4 8] [--threads 2]
+    python benchmarks/fuse_zoo.py [--only NAME ...] [-k 2 4 8] [--rounds 5] [--threads 2]
 
 Certificates are those of ``FusedModule.verify``, for the first K: outputs, buffers and gradients in both
 modes and at another batch size, in float64. Times are those of a forward and backward pass by which
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import platform
 import statistics
 import sys
@@ -37,8 +38,7 @@ from zoo import ZOO  # noqa: E402
 
 TEXT = """# The test zoo, fused
 
-Written by `python benchmarks/fuse_zoo.py`, {date}: torch {torch}, Python {python}, a CPU with
-{threads} threads; {seconds:.0f} s.
+Written by `python benchmarks/fuse_zoo.py`: {made}.
 
 {models} models: {fused} fused, the largest error of outputs, buffers and gradients against K = {first}
 separate models {worst:.1e} in float64; {wrong} wrong; {untraced} refused by the tracer. Nodes of the fused
@@ -97,83 +97,106 @@ def summary(found: list[float]) -> str:
     return f"{middle:.2f} in the middle ({ends}), {good} of {len(found)} at least 1"
 
 
+def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One model, as plain data."""
+    entry = ZOO[name]
+    call = as_call(entry.inputs())
+    try:
+        program = gs.trace(entry.build(), *call)
+    except UserError as refusal:
+        return {"refused": str(refusal)[:80]}
+    fused = fuse([program] * options.k[0])
+    certificate = certify_fused(fused)
+    inputs = program.signature.flatten(*call)
+    found: dict[str, Any] = {
+        "error": certificate.max_error,
+        "ok": certificate.ok,
+        "nodes": len(fused.program.graph().nodes) / len(program.graph().nodes),
+        "looped": dict(sorted(fused.looped.items())),
+        "in turn": [],
+        "vmap": [],
+    }
+    for k in options.k:
+        many = [program] * k
+        cost = fusion_cost(many, fuse(many).program, inputs, runs=options.rounds)
+        found["in turn"].append(cost.speedup)
+        seconds = None
+        if None not in found["vmap"]:
+            seconds = vmap_seconds([entry.build() for _ in range(k)], call, options.rounds)
+        found["vmap"].append(None if seconds is None else seconds / cost.fused)
+    return found
+
+
+def row(name: str, found: dict[str, Any], columns: int) -> str:
+    """Of the table."""
+    if "refused" in found:
+        return f"| {name} | refused by the tracer: {found['refused']} |" + " |" * (2 * columns + 2)
+    cells = [f"{found['error']:.1e}" + ("" if found["ok"] else " **wrong**"), f"{found['nodes']:.2f}"]
+    cells += [f"{ratio:.2f}" + (", in turn" if ratio <= 1 else "") for ratio in found["in turn"]]
+    cells += ["fails" if ratio is None else f"{ratio:.2f}" for ratio in found["vmap"]]
+    ops = ", ".join(f"{op} ({count})" for op, count in found["looped"].items())
+    return f"| {name} | {' | '.join(cells)} | {ops} |"
+
+
+def report(found: dict[str, dict[str, Any]], made: list[str], options: argparse.Namespace) -> str:
+    """The table, and what is in it."""
+    measured = [one for one in found.values() if "refused" not in one]
+    looped: Counter[str] = Counter()
+    for one in measured:
+        looped.update(one["looped"])
+    by_turns, by_vmap = (
+        {k: [one[way][place] for one in measured] for place, k in enumerate(options.k)}
+        for way in ("in turn", "vmap")
+    )
+    wrong = sum(not one["ok"] for one in measured)
+    nodes = sorted(one["nodes"] for one in measured)
+    return TEXT.format(
+        made="; ".join(made), rounds=options.rounds, first=options.k[0], models=len(found),
+        fused=len(measured) - wrong, worst=max(one["error"] for one in measured), wrong=wrong,
+        untraced=len(found) - len(measured), nodes=nodes[len(nodes) // 2],
+        looped=", ".join(f"{op} ({count})" for op, count in looped.most_common()) or "none",
+        times="; ".join(f"K = {k}: {summary(ratios)}" for k, ratios in by_turns.items()),
+        by_vmap="; ".join(
+            f"K = {k}: {summary([ratio for ratio in ratios if ratio])}, {ratios.count(None)} fail"
+            for k, ratios in by_vmap.items()
+        ),
+        heads=" | ".join(f"K = {k}" for k in options.k),
+        vmap_heads=" | ".join(f"vmap, K = {k}" for k in options.k),
+        rule=" | ".join("---" for _ in options.k),
+        rows="\n".join(row(name, one, len(options.k)) for name, one in found.items()),
+    )  # fmt: skip
+
+
 def main() -> None:
     """Write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--only", nargs="*", help="names of models")
+    parser.add_argument("--only", nargs="*", help="names of models, whose rows are measured anew")
     parser.add_argument("-k", nargs="*", type=int, default=[2, 4, 8])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "fuse_zoo.md")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(options.threads)
-    first = options.k[0]
-    rows: list[str] = []
-    errors: list[float] = []
-    growth: list[float] = []
-    ratios: dict[int, list[float]] = {k: [] for k in options.k}
-    vmapped: dict[int, list[float]] = {k: [] for k in options.k}
-    looped: Counter[str] = Counter()
-    wrong = untraced = 0
+    data = options.out / "fuse_zoo.json"
+    before = json.loads(data.read_text()) if options.only and data.exists() else {"made": [], "models": {}}
+    found: dict[str, dict[str, Any]] = before["models"]
     start = time.perf_counter()
+    names = options.only or list(ZOO)
     try:
-        for name, entry in ZOO.items():
-            if options.only and name not in options.only:
-                continue
-            call = as_call(entry.inputs())
-            try:
-                program = gs.trace(entry.build(), *call)
-            except UserError as refusal:
-                untraced += 1
-                rows.append(
-                    f"| {name} | refused by the tracer: {str(refusal)[:80]} |"
-                    + " |" * (2 * len(options.k) + 2)
-                )
-                continue
-            fused = fuse([program] * first)
-            certificate = certify_fused(fused)
-            looped.update(fused.looped)
-            wrong += not certificate.ok
-            errors.append(certificate.max_error)
-            growth.append(len(fused.program.graph().nodes) / len(program.graph().nodes))
-            inputs = program.signature.flatten(*call)
-            cells: list[str] = []
-            by: list[str] = []
-            for k in options.k:
-                many = [program] * k
-                cost = fusion_cost(many, fuse(many).program, inputs, runs=options.rounds)
-                ratios[k].append(cost.speedup)
-                cells.append(f"{cost.speedup:.2f}" + ("" if cost.pays else ", in turn"))
-                seconds = None
-                if by[-1:] != ["fails"]:
-                    seconds = vmap_seconds([entry.build() for _ in range(k)], call, options.rounds)
-                by.append("fails" if seconds is None else f"{seconds / cost.fused:.2f}")
-                if seconds is not None:
-                    vmapped[k].append(seconds / cost.fused)
-            ops = ", ".join(f"{op} ({count})" for op, count in sorted(fused.looped.items()))
-            error = f"{certificate.max_error:.1e}" + ("" if certificate.ok else " **wrong**")
-            rows.append(f"| {name} | {error} | {growth[-1]:.2f} | {' | '.join(cells + by)} | {ops} |")
-            print(rows[-1], flush=True)
+        for name in names:
+            found[name] = measure(name, options)
+            print(row(name, found[name], len(options.k)), flush=True)
     except KeyboardInterrupt:
-        print(f"stopped after {len(rows)} models: the table has those", flush=True)
-    options.out.write_text(
-        TEXT.format(
-            date=datetime.date.today(), torch=torch.__version__, python=platform.python_version(),
-            first=first, threads=options.threads, seconds=time.perf_counter() - start, models=len(rows),
-            fused=len(errors) - wrong, worst=max(errors), wrong=wrong, untraced=untraced,
-            nodes=sorted(growth)[len(growth) // 2],
-            looped=", ".join(f"{op} ({count})" for op, count in looped.most_common()) or "none",
-            times="; ".join(f"K = {k}: {summary(found)}" for k, found in ratios.items()),
-            by_vmap="; ".join(
-                f"K = {k}: {summary(found)}, {len(errors) - len(found)} fail" for k, found in vmapped.items()
-            ),
-            rounds=options.rounds, heads=" | ".join(f"K = {k}" for k in options.k),
-            vmap_heads=" | ".join(f"vmap, K = {k}" for k in options.k),
-            rule=" | ".join("---" for _ in options.k),
-            rows="\n".join(rows),
-        )
-    )  # fmt: skip
+        print(f"stopped after {len(found)} models: the table has those", flush=True)
+    made = [
+        *before["made"],
+        f"{datetime.date.today()}, torch {torch.__version__}, Python {platform.python_version()}, a CPU with "
+        f"{options.threads} threads, {time.perf_counter() - start:.0f} s, "
+        + (f"rows of {', '.join(options.only)}" if options.only else "all"),
+    ]
+    data.write_text(json.dumps({"made": made, "models": found}, indent=1) + "\n")
+    (options.out / "fuse_zoo.md").write_text(report(found, made, options))
 
 
 if __name__ == "__main__":

@@ -269,6 +269,10 @@ def _names(program: Program, name: str) -> tuple[str, ...]:
     return (name, *program.state[name].aliases)
 
 
+_COUNTERS = {"step", "mu_product", "eta", "mu"}
+"""What optimizers of torch hold as numbers, so that they look like the moments of a single number."""
+
+
 def _together(
     name: str, states: Sequence[Mapping[str, Any]], shape: torch.Size, placement: Placement
 ) -> dict[str, Any]:
@@ -276,7 +280,7 @@ def _together(
     for key in states[0]:
         values = [state.get(key) for state in states]
         tensors = [value for value in values if isinstance(value, Tensor) and value.shape == shape]
-        if len(tensors) == len(values) and shape:
+        if len(tensors) == len(values) and (shape or key not in _COUNTERS):
             found[key] = placement.together(tensors)
         elif all(_equal(value, values[0]) for value in values):
             found[key] = values[0].clone() if isinstance(values[0], Tensor) else values[0]

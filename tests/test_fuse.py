@@ -328,6 +328,10 @@ def test_start_apart_go_on_fused_and_apart_again(make: Callable[..., torch.optim
     class Smooth(nn.Sequential):
         def __init__(self) -> None:
             super().__init__(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+            self.scale = nn.Parameter(torch.rand(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.scale * super().forward(x)
 
     x = torch.randn(8, 6, dtype=torch.float64)
 

@@ -79,9 +79,9 @@ class Learner:
     def __init__(self, module: nn.Module, make: OptimizerFactory, recipe: Learning) -> None:
         self.module = module
         self.trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self.optimizer = _checked(_made("optimizer", make, module), self.trained) if self.trained else None
+        self.optimizer = _checked(made("optimizer", make, module), self.trained) if self.trained else None
         self.scheduler = (
-            _made("scheduler", recipe.scheduler, self.optimizer)
+            made("scheduler", recipe.scheduler, self.optimizer)
             if recipe.scheduler and self.optimizer
             else None
         )
@@ -150,7 +150,7 @@ _EXAMPLES = {
 }
 
 
-def _made(what: str, make: Callable[[Given], Made], given: Given) -> Made:
+def made(what: str, make: Callable[[Given], Made], given: Given) -> Made:
     """What a function of the user's makes.
 
     Raises:

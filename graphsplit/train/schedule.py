@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from graphsplit.errors import UserError
 from graphsplit.train.checkpoints import Checkpoints, check_same
 from graphsplit.train.history import Epoch, History
-from graphsplit.train.learner import learning_facts
+from graphsplit.train.learner import learning_facts, made
 from graphsplit.train.loop import Batches, Metric, SchedulerFactory, Settings, run_epochs
 from graphsplit.train.processes import Watch, gather, naming_the_lost, process_group, share
 
@@ -162,8 +162,8 @@ class PartitionSchedule:
     def _trainee(self, model: nn.Module) -> _Trainee:
         with torch.random.fork_rng():
             model = model.to(self._settings.device)
-            optimizer = self._optimizer(model)
-            scheduler = None if self._scheduler is None else self._scheduler(optimizer)
+            optimizer = made("optimizer", self._optimizer, model)
+            scheduler = None if self._scheduler is None else made("scheduler", self._scheduler, optimizer)
             return _Trainee(model, optimizer, scheduler, learning_facts(optimizer, scheduler))
 
     def _merge(self, states: list[_State]) -> _Merging:

@@ -35,7 +35,8 @@ _ONE = {
     "split_with_sizes", "chunk", "unbind", "cat", "glu", "cosine_similarity", "diff", "count_nonzero",
     "tensor_split", "cummax", "cummin", "roll", "gather", "transpose", "swapaxes", "movedim",
     "unfold", "flatten", "unflatten", "index_select", "scatter", "scatter_add", "repeat_interleave",
-    "slice_scatter", "index_add", "index_copy",
+    "slice_scatter", "index_add", "index_copy", "fft_fft", "fft_ifft", "fft_rfft", "fft_irfft", "fft_fft2",
+    "fft_ifft2", "fft_rfft2", "fft_irfft2",
 }  # fmt: skip
 _BY_INDEX = {"index_select", "index_add", "index_copy"}
 _NAMES = ("dim", "dim0", "dim1", "dims", "axis0", "axis1", "source", "destination", "dimension", "start_dim",
@@ -111,7 +112,7 @@ def _along_joined(
         return None
     if not places or min(_flat(places)) < 1:
         return None
-    nodes = with_nodes(arguments, lambda value: fuser.join(value, layout))
+    nodes = with_nodes(arguments, lambda value: fuser.join(value, layout) if value in values else value.node)
     return fuser.invoke(node, {**nodes, **places}, layout)
 
 
