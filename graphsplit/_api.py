@@ -53,6 +53,9 @@ from graphsplit.verification import Certificate, Example, certify, opened_model
 if TYPE_CHECKING:
     from graphsplit.onnx_export import OnnxReport
 
+Submodels = Sequence[nn.Module | Mapping[str, Tensor]] | FusedModule
+"""Sub-models in order, their state dicts, or all as one."""
+
 
 class Partition:
     """A model divided by width into K sub-models. Made by `partition`.
@@ -114,7 +117,7 @@ class Partition:
 
     def fuse(
         self,
-        submodels: Sequence[nn.Module | Mapping[str, Tensor]] | None = None,
+        submodels: Submodels | None = None,
         *,
         own_inputs: bool = False,
         auto: bool = False,
@@ -122,7 +125,8 @@ class Partition:
         """The K sub-models as one module that does the work of all of them.
 
         Args:
-            submodels: Trained sub-models, or their state dicts; by default those of this partition.
+            submodels: Trained sub-models, their state dicts, or what `fuse` made of them; by default those of
+                this partition.
             own_inputs: Each sub-model has inputs of its own, on a leading dimension of K.
             auto: See `fuse`.
 
@@ -141,13 +145,12 @@ class Partition:
         given = (example.args, example.kwargs) if example is not None and auto else ((), None)
         return fuse(programs, *given, own_inputs=own_inputs, auto=auto)
 
-    def merge(
-        self, submodels: Sequence[nn.Module | Mapping[str, Tensor]] | None = None, duplicate: bool = True
-    ) -> ProgramModule:
+    def merge(self, submodels: Submodels | None = None, duplicate: bool = True) -> ProgramModule:
         """One model of full size from the K sub-models.
 
         Args:
-            submodels: Trained sub-models, or their state dicts; by default those of this partition.
+            submodels: Trained sub-models, their state dicts, or what `fuse` made of them; by default those of
+                this partition.
             duplicate: The exact merge, in which cross-unit ops and parameters of every sub-model's own stand
                 K times: its output is the mean of the sub-models' outputs (before a closing softmax or
                 sigmoid). Without it the original architecture, whose state dict fits the user's own class.
@@ -160,9 +163,7 @@ class Partition:
         """
         return emit(self.merged_program(submodels, duplicate=duplicate), copy=False)
 
-    def merged_program(
-        self, submodels: Sequence[nn.Module | Mapping[str, Tensor]] | None = None, *, duplicate: bool = True
-    ) -> Program:
+    def merged_program(self, submodels: Submodels | None = None, *, duplicate: bool = True) -> Program:
         """`merge` as a program."""
         states = self._states(submodels)
         merged = merge(self.analysis, states, duplicate=duplicate)
@@ -170,9 +171,7 @@ class Partition:
         after = place_of(entry.tensor for entry in merged.state.values() if entry.kind == "parameter")
         return replace(merged, graphs=moved_graphs(merged.graphs, before, after))
 
-    def coarsen(
-        self, k: int, submodels: Sequence[nn.Module | Mapping[str, Tensor]] | None = None
-    ) -> Partition:
+    def coarsen(self, k: int, submodels: Submodels | None = None) -> Partition:
         """Merge level by level: the division of the merged model into ``k``, each of several sub-models.
 
         Sub-model ``j`` of the result is the exact merge of its share of the sub-models, the first K/k of them
@@ -231,7 +230,7 @@ class Partition:
                 inside += float(state.slice(weight, part).sum(dtype=torch.float64))
         return inside / total if total else 1.0
 
-    def verify(self, submodels: Sequence[nn.Module | Mapping[str, Tensor]] | None = None) -> Certificate:
+    def verify(self, submodels: Submodels | None = None) -> Certificate:
         """Prove the partition in float64, with random values in every parameter and buffer.
 
         Args:
@@ -246,14 +245,15 @@ class Partition:
             states,
         )
 
-    def _states(
-        self, submodels: Sequence[nn.Module | Mapping[str, Tensor]] | None
-    ) -> list[Mapping[str, Tensor]]:
-        if submodels is None:
-            submodels = self.submodels
-        if len(submodels) != self.k:
-            raise PlanError(f"{len(submodels)} sub-models for a plan of {self.k}")
-        return [self._state(part, submodel) for part, submodel in enumerate(submodels)]
+    def _states(self, submodels: Submodels | None) -> list[Mapping[str, Tensor]]:
+        given: Any = self.submodels if submodels is None else submodels
+        if isinstance(given, FusedModule):
+            given = given.models()
+        if isinstance(given, nn.Module) and not isinstance(given, nn.ModuleList):
+            raise PlanError(f"one {type(given).__name__} for a plan of {self.k} sub-models")
+        if len(given) != self.k:
+            raise PlanError(f"{len(given)} sub-models for a plan of {self.k}")
+        return [self._state(part, submodel) for part, submodel in enumerate(given)]
 
     def _state(self, part: int, submodel: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Every state tensor of a sub-model by its first name, checked against the plan."""

@@ -306,6 +306,11 @@ def test_state_goes_both_ways(partition: gs.Partition) -> None:
             parameter.normal_()
     merged = partition.merge(fused.state_dicts()).eval()
     fused.eval()
+    assert torch.equal(partition.merge(fused).eval()(images()), merged(images()))
+    assert torch.equal(partition.fuse(fused).eval()(images()), fused(images()))
+    assert partition.verify(fused).ok
+    with pytest.raises(PlanError, match="one Net for a plan of 2 sub-models"):
+        partition.merge(models(1)[0])  # type: ignore[arg-type]
     torch.testing.assert_close(merged(images()), fused(images()).mean(0), rtol=1e-4, atol=1e-4)
     other = partition.fuse().eval()
     other.load_models(fused.models())
