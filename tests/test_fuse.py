@@ -180,6 +180,8 @@ def test_a_saved_one_for_another_number_of_models_is_refused(tmp_path: Path, par
     bundle.save(replace(found, singles=found.singles[:3]), tmp_path / "lost")
     with pytest.raises(BundleError, match="is for 4 models, and has 3"):
         gs.load(tmp_path / "lost")
+    with pytest.raises(ValueError, match="'diagonal', 0 is no placement"):
+        Placement("diagonal")  # type: ignore[arg-type]
 
 
 def test_every_op_of_a_convolutional_net_does_the_work_of_all(partition: gs.Partition) -> None:

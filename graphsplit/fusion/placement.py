@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, fx
@@ -27,10 +27,17 @@ class Placement:
         kind: ``same``, one for all models, as it is; ``stack``, ``[K, C, ...]``; ``rows``, ``[K * C, ...]``;
             ``turned``, matrices ``[O, I]`` as ``[K, I, O]``.
         ones: Of a stack: dimensions of one behind K, ``[K, 1, C]``, to broadcast.
+
+    Raises:
+        ValueError: It is none of these, as in a file that was changed.
     """
 
     kind: Kind = "stack"
     ones: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind) or type(self.ones) is not int:
+            raise ValueError(f"{self.kind!r}, {self.ones!r} is no placement")
 
     def together(self, tensors: Sequence[Tensor]) -> Tensor:
         """One tensor of K."""
