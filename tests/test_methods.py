@@ -152,6 +152,7 @@ def test_groups_follow_guesses_and_helpers_follow_gradients() -> None:
 
 @pytest.mark.parametrize("conditioned", [True, False])
 def test_helpers_fit_images_and_sequences(conditioned: bool) -> None:
+    torch.manual_seed(0)
     method = gs.train.SyntheticGradients(conditioned, width=8)
     images = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.LazyLinear(3))
     images(torch.randn(2, 1, 8, 8))
