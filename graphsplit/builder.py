@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,13 +24,15 @@ class GraphBuilder:
     Attributes:
         graph: The new graph.
         constants: Index tensors that the graph needs, to be added to the program's state.
+        taken: Names in that state, which no constant gets.
         source: Provenance given to new nodes.
         for_one_part: The graph holds indices of one sub-model; another of the same sizes needs its own.
     """
 
-    def __init__(self, constants: dict[str, StateEntry]) -> None:
+    def __init__(self, constants: dict[str, StateEntry], taken: Collection[str] = ()) -> None:
         self.graph = fx.Graph()
         self.constants = constants
+        self.taken = taken
         self.source: Source | None = None
         self.for_one_part = False
         self._state: dict[str, fx.Node] = {}
@@ -127,7 +130,8 @@ class GraphBuilder:
         for known, entry in self.constants.items():
             if entry.tensor.shape == index.shape and np.array_equal(entry.tensor.numpy(), index):
                 return known
-        name = f"_indices_{len(self.constants)}"
+        names = map("_indices_{}".format, itertools.count())
+        name = next(name for name in names if name not in self.constants and name not in self.taken)
         tensor = torch.from_numpy(index.copy())
         self.constants[name] = StateEntry(name, "constant", tensor, persistent=False)
         return name

@@ -71,7 +71,10 @@ def merge(
         return _with(program, program.graphs, tensors, {})
     constants: dict[str, StateEntry] = {}
     present = sum(state is not None for state in states)
-    graphs = tuple(_Merge(analysis, GraphBuilder(constants), present).run(graph) for graph in program.graphs)
+    graphs = tuple(
+        _Merge(analysis, GraphBuilder(constants, program.state), present).run(graph)
+        for graph in program.graphs
+    )
     return _with(program, graphs, tensors, constants)
 
 

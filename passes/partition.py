@@ -49,8 +49,10 @@ def _lowered(analysis: Analysis, part: int) -> Lowered:
         if first == part or (not known.for_one_part and analysis.layouts.alike(first, part)):
             return known
     constants: dict[str, StateEntry] = {}
+    program = analysis.program
     builds = [
-        extract_graph(analysis, graph, part, GraphBuilder(constants)) for graph in analysis.program.graphs
+        extract_graph(analysis, graph, part, GraphBuilder(constants, program.state))
+        for graph in program.graphs
     ]
     found = Lowered(
         tuple(build.graph for build in builds), constants, any(build.for_one_part for build in builds)

@@ -372,7 +372,7 @@ def _first_difference(analysis: Analysis, example: Example | None) -> fx.Node | 
     graphs = analysis.program.graphs
     for number, graph in enumerate(graphs):
         become: dict[fx.Node, fx.Node] = {}
-        built = extract_graph(analysis, graph, KEPT, GraphBuilder({}), become).graph
+        built = extract_graph(analysis, graph, KEPT, GraphBuilder({}, analysis.program.state), become).graph
         kept = set(built.nodes)
         for training in modes if len(graphs) == 1 else modes[number : number + 1]:
             runs = []

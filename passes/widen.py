@@ -103,7 +103,8 @@ def widen(program: Program, factor: float = 2.0, *, noise: float = 0.0, seed: in
     )  # fmt: skip
     constants: dict[str, StateEntry] = {}
     graphs = tuple(
-        extract_graph(analysis, graph, 0, GraphBuilder(constants)).graph for graph in program.graphs
+        extract_graph(analysis, graph, 0, GraphBuilder(constants, program.state)).graph
+        for graph in program.graphs
     )
     scaled = _scaled_dims(inference)
     generator = torch.Generator().manual_seed(seed)

@@ -652,6 +652,26 @@ def test_tied_weights_keep_all_their_names() -> None:
     assert len(pickle.loads(pickle.dumps(fused)).models()) == K
 
 
+class Named(nn.Module):
+    """A look-up, whose offsets need a constant, beside state with the name that constants have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(7, 4), nn.Linear(4, 3)
+        self.register_buffer("_indices_0", torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.head(self.table(x) * self._indices_0)
+        return scores
+
+
+def test_constants_take_no_name_of_the_models() -> None:
+    x, own = torch.randint(0, 7, (2, 5)), models(K, Named)
+    fused = gs.fuse(own, x)
+    assert fused.verify().ok and fused.state_dict().keys() == own[0].state_dict().keys()
+    torch.testing.assert_close(fused(x), torch.stack([model(x) for model in own]))
+
+
 def test_one_tensor_for_all_is_not_overwritten_by_the_last() -> None:
     class Constant(nn.Module):
         def __init__(self, value: float) -> None:

@@ -110,7 +110,7 @@ class Fuser:
         self._own = own
         self._in_memory: set[fx.Node] = set()
         self._rules: Mapping[str, Rule] = {} if in_turn else RULES
-        self.build = GraphBuilder(constants)
+        self.build = GraphBuilder(constants, same)
         self.looped: Counter[str] = Counter()
         self._same = same
         self._values: dict[fx.Node, Any] = {}
